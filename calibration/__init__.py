@@ -1,0 +1,1 @@
+"""Quantization calibration sets, camera intrinsics, hand-eye and latency calibration."""

@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. Runs on a workstation: torch, transformers, onnx and quantizers live here."""

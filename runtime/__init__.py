@@ -1,0 +1,1 @@
+"""Bundle + observations -> commands. Runs on the robot: numpy, one engine backend, tokenizers, pydantic."""
