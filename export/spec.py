@@ -1,0 +1,299 @@
+"""The policy as data: every variant of ChatVLA-2 that the paper and the public code know is a value of `PolicySpec`.
+
+Nothing here imports torch. The reference model is built from a spec, a checkpoint reader produces one, a synthetic
+checkpoint starts from one; no variant is a fork of the code.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Data(BaseModel):
+    """A frozen value; unknown fields are errors, so that a misspelt setting is never silently a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VisionSpec(Data):
+    """Qwen2-VL vision tower. Defaults are those of every published size; saved configs are diffs to them."""
+
+    depth: int = Field(default=32, ge=1)
+    embed_dim: int = 1280
+    heads: int = 16
+    mlp_ratio: int = 4
+    patch: int = 14
+    temporal_patch: int = 2
+    merge: int = 2
+    channels: int = 3
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch as the published processor makes it: C * 2 * 14 * 14 = 1176."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+
+class ExpertsSpec(Data):
+    """What stands in place of each MLP of the language model. All zero: the dense MLP itself.
+
+    y = sum over the top-k routed experts, weighted
+        + sum over shared experts, unweighted (or through a sigmoid gate, as Qwen2-MoE does),
+    and where static experts stand beside routed ones, the mean of the two (public research code).
+    Every expert is a full SwiGLU MLP.
+    """
+
+    routed: int = Field(default=0, ge=0, description="E, number of routed experts")
+    top_k: int = Field(default=0, ge=0, description="k, routed experts that a token visits")
+    routed_width: int = Field(default=0, ge=0, description="intermediate size of a routed expert; 0 = the MLP's")
+    router_bias: bool = True
+    scoring: Literal["softmax", "sigmoid"] = Field(
+        default="softmax",
+        description="sigmoid is the DeepSeek-style research variant: bias selects only, kept scores are normalised",
+    )
+    renormalize: bool = Field(default=True, description="weights of the kept k sum to 1 (softmax over the kept logits)")
+    shared: int = Field(default=0, ge=0, description="experts that every token visits")
+    shared_width: int = Field(default=0, ge=0, description="intermediate size of a shared expert; 0 = the MLP's")
+    shared_gate: bool = False
+    static: int = Field(default=0, ge=0, description="unrouted experts chosen by task: 0 vision-language, 1 robot")
+    static_active: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ExpertsSpec":
+        if self.routed == 0 and self.top_k:
+            raise ValueError(f"top_k is {self.top_k} but there are no routed experts; set `routed` or drop `top_k`")
+        if self.routed and not 1 <= self.top_k <= self.routed:
+            raise ValueError(f"top_k must lie in 1..{self.routed} (the routed experts), found {self.top_k}")
+        if self.static and self.static_active >= self.static:
+            raise ValueError(f"static_active must be below static = {self.static}, found {self.static_active}")
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate is set but there are no shared experts")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The variant's name in the paper's Table 3."""
+        if not (self.routed or self.shared or self.static):
+            return "dense"
+        parts = [
+            name
+            for name, there in (("static", self.static), ("shared", self.shared), ("dynamic", self.routed))
+            if there
+        ]
+        return " + ".join(parts)
+
+    @property
+    def summary(self) -> str:
+        """One phrase for tables: `dynamic, 8 experts, top-2`."""
+        words = [self.kind]
+        if self.routed:
+            words.append(f"{self.routed} experts, top-{self.top_k}")
+            if self.scoring == "sigmoid":
+                words.append("sigmoid scores")
+        if self.shared:
+            words.append(f"{self.shared} shared")
+        if self.static:
+            words.append(f"{self.static} static, expert {self.static_active} active")
+        return ", ".join(words)
+
+
+class LanguageSpec(Data):
+    """Qwen2-VL decoder. No defaults for sizes: the class defaults of public configs are those of the 72B model."""
+
+    vocab: int
+    hidden: int
+    layers: int = Field(ge=1)
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rms_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    max_positions: int = 32768
+    tied: bool = True
+    experts: ExpertsSpec = ExpertsSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LanguageSpec":
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(
+                f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, "
+                f"expected half the head dimension, {self.head_dim} / 2"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} attention heads do not divide over {self.kv_heads} key/value heads")
+        return self
+
+    @property
+    def routed_width(self) -> int:
+        """Intermediate size of one routed expert."""
+        return self.experts.routed_width or self.intermediate
+
+    @property
+    def shared_width(self) -> int:
+        """Intermediate size of one shared expert."""
+        return self.experts.shared_width or self.intermediate
+
+
+class FusionSpec(Data):
+    """How the pooled prompt and the pooled reasoning become the observation vector of the head.
+
+    film: obs = input * (1 + scale(reasoning)) + shift(reasoning) + mean(prompt)   (DexVLA, ChatVLA v1)
+    sum:  obs = input + reasoning                                                 (ChatVLA-2)
+    """
+
+    kind: Literal["film", "sum"] = "sum"
+
+
+# Published ScaleDP / DiT sizes: depth, width, heads. A checkpoint's tensors win over the name it carries.
+SCALEDP_SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "H": (32, 1280, 16),
+}
+
+
+class ReasoningSpec(Data):
+    """Which blocks of the head follow the reasoning instead of the observation: [start, stop), and the final layer.
+
+    ChatVLA-2 conditions the latter half and the final layer (`reasoning_layer_id` = depth / 2 in its configs).
+    """
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    final: bool = True
+
+
+class HeadSpec(Data):
+    """ScaleDP: a diffusion transformer over the chunk, conditioned through adaLN-Zero by one vector (or two).
+
+    conditioning:
+      combine     obs and state through a 3-layer MLP, then one linear        (DexVLA)
+      norm        LayerNorm(obs) beside the state, then one linear            (ChatVLA v1)
+      with `reasoning` set, a second condition made like `norm` from the reasoning vector drives the blocks it names
+      (ChatVLA-2).
+    """
+
+    depth: int = Field(ge=1)
+    width: int
+    heads: int
+    mlp_width: int
+    action_dim: int
+    state_dim: int
+    horizon: int
+    cond_dim: int
+    conditioning: Literal["combine", "norm"] = "norm"
+    combine_width: int = 1024
+    reasoning: ReasoningSpec | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "HeadSpec":
+        if self.width % self.heads:
+            raise ValueError(f"head width {self.width} does not divide over {self.heads} attention heads")
+        if self.reasoning is not None:
+            if self.conditioning != "norm":
+                raise ValueError("reasoning-following needs the `norm` conditioning: they share its LayerNorm")
+            if not self.reasoning.start < self.reasoning.stop <= self.depth:
+                raise ValueError(
+                    f"reasoning blocks {self.reasoning.start}..{self.reasoning.stop} do not lie in 0..{self.depth}"
+                )
+        return self
+
+    @property
+    def size(self) -> str:
+        """The published size name that these numbers have, or `depth x width`."""
+        for name, numbers in SCALEDP_SIZES.items():
+            if numbers == (self.depth, self.width, self.heads):
+                return name
+        return f"{self.depth}x{self.width}"
+
+
+class SamplerSpec(Data):
+    """DDIM, eta 0, epsilon prediction, leading timesteps, clipped x0, squared-cosine schedule."""
+
+    train_steps: int = 100
+    steps: int = 10
+    max_beta: float = 0.999
+
+
+class TokenSpec(Data):
+    """Ids of the special tokens the prompt is made of, and the one that ends the reasoning."""
+
+    im_start: int = 151644
+    im_end: int = 151645
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image_pad: int = 151655
+    endoftext: int = 151643
+
+
+class PolicySpec(Data):
+    """A whole policy. `head` is None for the vision-language view (Qwen2-VL itself, ChatVLA v1 answering questions)."""
+
+    vision: VisionSpec
+    language: LanguageSpec
+    fusion: FusionSpec = FusionSpec()
+    head: HeadSpec | None = None
+    sampler: SamplerSpec = SamplerSpec()
+    tokens: TokenSpec = TokenSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PolicySpec":
+        if self.head is not None and self.head.cond_dim != self.language.hidden:
+            raise ValueError(
+                f"the head expects vectors of {self.head.cond_dim}, the language model makes {self.language.hidden}"
+            )
+        return self
+
+    @property
+    def variant(self) -> str:
+        """The family this policy belongs to, in words."""
+        if self.head is None:
+            return "Qwen2-VL" if self.language.experts.kind == "dense" else "Qwen2-VL with experts"
+        if self.head.reasoning is not None:
+            return "ChatVLA-2 (reasoning-following)"
+        if self.head.conditioning == "combine":
+            return "DexVLA"
+        return "ChatVLA" if self.fusion.kind == "film" else "ChatVLA-2 without reasoning-following"
+
+
+def scaledp(
+    size: str,
+    *,
+    action_dim: int,
+    state_dim: int,
+    horizon: int,
+    cond_dim: int = 1536,
+    conditioning: Literal["combine", "norm"] = "norm",
+    reasoning: Literal["latter", "full", "former"] | None = None,
+) -> HeadSpec:
+    """A head of a published size. `reasoning` names a row of the paper's Table 6.
+
+    The final layer follows the reasoning in the latter half and in full, as in the public code; with the former half
+    it keeps the observation (the public code has no such setting: this is the reading under which former and latter
+    are complements).
+    """
+    depth, width, heads = SCALEDP_SIZES[size]
+    half = depth // 2
+    blocks = {
+        "latter": ReasoningSpec(start=half, stop=depth),
+        "full": ReasoningSpec(start=0, stop=depth),
+        "former": ReasoningSpec(start=0, stop=half, final=False),
+    }
+    return HeadSpec(
+        depth=depth,
+        width=width,
+        heads=heads,
+        mlp_width=4 * width,
+        action_dim=action_dim,
+        state_dim=state_dim,
+        horizon=horizon,
+        cond_dim=cond_dim,
+        conditioning=conditioning,
+        reasoning=blocks[reasoning] if reasoning else None,
+    )
+
+
+QWEN2_VL_2B = LanguageSpec(vocab=151936, hidden=1536, layers=28, heads=12, kv_heads=2, head_dim=128, intermediate=8960)
