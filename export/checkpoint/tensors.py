@@ -135,8 +135,9 @@ def _open_shards(directory: Path, index: str, shards: Mapping[str, str], nested:
     """Return the tensors of all shards, each exactly where the index says it is."""
     where = directory / index
     entries: dict[str, TensorEntry] = {}
-    for shard in dict.fromkeys(shards.values()):
-        path = inside(directory, shard, where)
+    # All names before any file: whatever else is wrong, an index that points outside is refused for that.
+    paths = {shard: inside(directory, shard, where) for shard in shards.values()}
+    for shard, path in paths.items():
         if not path.exists():
             listed = sum(value == shard for value in shards.values())
             raise refusal(
