@@ -1,0 +1,1 @@
+"""Checkpoints as they lie on disk: read strictly, one tensor at a time; written as a stream."""
