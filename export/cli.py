@@ -1,5 +1,224 @@
 """Commands around checkpoints. Light at import: torch is loaded only by the command that needs it."""
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from chatvla_edge.export.checkpoint.reader import Checkpoint
 
 app = typer.Typer()
+console = Console()
+
+CheckpointPath = Annotated[Path, typer.Argument(help="Checkpoint directory.", exists=True, show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not hold weights yet.")]
+Precision = Literal["fp32", "bf16"]
+
+
+def _progress() -> Progress:
+    """A bar over bytes, on stderr so that stdout stays clean for --json."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+@app.command("inspect-checkpoint")
+def inspect_checkpoint(
+    path: CheckpointPath,
+    view: Annotated[str, typer.Option(help="robot, or vqa: ChatVLA v1 as it answers questions.")] = "robot",
+    base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read every tensor: truncation, NaN and infinity.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a checkpoint is: geometry, variant, parameters, bytes, routing, and what its actions seem to mean.
+
+    Every tensor is accounted for; one that is missing, extra or misshapen is an error that names it (exit code 1).
+    """
+    from chatvla_edge.export.checkpoint.reader import open_checkpoint
+
+    if view not in ("robot", "vqa"):
+        raise typer.BadParameter(f"found {view!r}, expected robot or vqa", param_hint="--view")
+    checkpoint = open_checkpoint(path, view="vqa" if view == "vqa" else "robot", base=base)
+    if check:
+        with _progress() as bar:
+            task = bar.add_task("checking tensors", total=checkpoint.tensors.nbytes)
+            for _ in checkpoint.read(progress=lambda count: bar.advance(task, count)):
+                pass
+    facts = _facts(checkpoint)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _show(path, facts)
+
+
+def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from chatvla_edge.export.accounting import BITS, parameters
+    from chatvla_edge.export.checkpoint.meaning import likely_meaning
+
+    spec = checkpoint.spec
+    counted = parameters(spec)
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in checkpoint.tensors.values()})
+    return {
+        "variant": spec.variant,
+        "experts": spec.language.experts.summary,
+        "fusion": spec.fusion.kind if spec.head else None,
+        "head": spec.head.size if spec.head else None,
+        "spec": spec.model_dump(),
+        "layout": checkpoint.layout.model_dump(),
+        "stored_dtypes": dtypes,
+        "stored_bytes": checkpoint.tensors.nbytes,
+        "parameters": {"total": counted.total, "active_per_token": counted.active, "parts": counted.parts},
+        "bytes": {precision: counted.bytes(precision) for precision in BITS},
+        "meaning": likely_meaning(spec.head) if spec.head else None,
+        "notes": list(checkpoint.notes),
+        "ignored": [{"name": ignored.name, "reason": ignored.reason} for ignored in checkpoint.ignored],
+    }
+
+
+def _show(path: Path, facts: dict[str, Any]) -> None:
+    spec, counted = facts["spec"], facts["parameters"]
+    language, vision, head = spec["language"], spec["vision"], spec["head"]
+    table = Table(title=str(path), show_header=False, title_style="bold")
+    table.add_column(style="cyan")
+    table.add_column(overflow="fold")
+    table.add_row("variant", facts["variant"])
+    table.add_row("experts", facts["experts"])
+    table.add_row(
+        "language",
+        f"{language['layers']} layers, hidden {language['hidden']}, {language['heads']} heads over "
+        f"{language['kv_heads']} key/value heads, intermediate {language['intermediate']}, "
+        f"vocabulary {language['vocab']}",
+    )
+    table.add_row("vision", f"{vision['depth']} blocks, width {vision['embed_dim']}, {vision['heads']} heads")
+    if head:
+        table.add_row(
+            "head",
+            f"ScaleDP {facts['head']}: {head['depth']} blocks, width {head['width']}, {head['heads']} heads; "
+            f"{spec['sampler']['steps']} of {spec['sampler']['train_steps']} diffusion steps",
+        )
+        table.add_row("conditioning", _conditioning(spec))
+        table.add_row("chunk", f"{head['horizon']} actions of {head['action_dim']}, state of {head['state_dim']}")
+        table.add_row("meaning", facts["meaning"])
+    table.add_row("stored", f"{', '.join(facts['stored_dtypes'])}, {_gigabytes(facts['stored_bytes'])}")
+    console.print(table)
+
+    table = Table(title="parameters", title_style="bold")
+    table.add_column("part")
+    table.add_column("count", justify="right")
+    for name, count in counted["parts"].items():
+        table.add_row(name, f"{count:,}")
+    table.add_section()
+    table.add_row("total", f"{counted['total']:,}", style="bold")
+    table.add_row("active per token", f"{counted['active_per_token']:,}")
+    console.print(table)
+
+    sizes = ", ".join(f"{precision} {_gigabytes(size)}" for precision, size in facts["bytes"].items())
+    console.print(f"[cyan]all weights in[/cyan] {sizes}")
+    for note in facts["notes"]:
+        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+    reasons: dict[str, list[str]] = {}
+    for ignored in facts["ignored"]:
+        reasons.setdefault(ignored["reason"], []).append(ignored["name"])
+    for reason, names in reasons.items():
+        console.print(f"[cyan]left out[/cyan] {len(names)} ({names[0]}, ...): {reason}", highlight=False)
+
+
+def _conditioning(spec: dict[str, Any]) -> str:
+    head = spec["head"]
+    words = {"film": "FiLM on the reasoning", "sum": "input + reasoning"}[spec["fusion"]["kind"]]
+    words += {"combine": ", obs and state through an MLP", "norm": ", LayerNorm(obs) beside the state"}[
+        head["conditioning"]
+    ]
+    if follows := head["reasoning"]:
+        words += f"; blocks {follows['start']}..{follows['stop'] - 1} follow the reasoning"
+        words += " and the final layer too" if follows["final"] else ", the final layer does not"
+    return words
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+@app.command("synth")
+def synth(
+    geometry: Annotated[str, typer.Argument(help="A preset; `list` shows them.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep only the first N decoder layers.")] = None,
+    seed: Annotated[int, typer.Option(help="Weights depend on this and on each tensor's name.")] = 0,
+    precision: Annotated[str, typer.Option(help="Stored dtype: bf16 or fp32.")] = "bf16",
+) -> None:
+    """Write a synthetic checkpoint with random weights: real names, shapes and files, for time, memory and parity."""
+    from chatvla_edge.export.accounting import parameters
+    from chatvla_edge.export.checkpoint.synth import PRESETS, synthesize, truncated
+
+    if geometry == "list":
+        table = Table("geometry", "parameters", "bf16", "what")
+        for name, (spec, _, what) in PRESETS.items():
+            counted = parameters(spec)
+            table.add_row(name, f"{counted.total:,}", _gigabytes(counted.bytes("bf16")), what)
+        console.print(table)
+        return
+    if geometry not in PRESETS:
+        raise typer.BadParameter(f"found {geometry!r}, expected one of {', '.join(PRESETS)}", param_hint="GEOMETRY")
+    if output is None:
+        raise typer.BadParameter("say where to write the checkpoint", param_hint="--output")
+    spec, layout, _ = PRESETS[geometry]
+    if layers is not None:
+        spec = truncated(spec, layers)
+    dtype = _dtype(precision)
+    with _progress() as bar:
+        task = bar.add_task(f"writing {geometry}", total=parameters(spec).total * dtype.itemsize)
+        synthesize(output, spec, layout, seed=seed, dtype=dtype, progress=lambda count: bar.advance(task, count))
+    console.print(f"{output}: {spec.variant}, {spec.language.experts.summary}, random weights", highlight=False)
+
+
+@app.command("upcycle")
+def upcycle(
+    path: CheckpointPath,
+    output: Output,
+    experts: Annotated[int, typer.Option(help="Routed experts.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts a token visits.")] = 2,
+    shared: Annotated[int, typer.Option(help="Shared experts beside the routed ones.")] = 0,
+    static: Annotated[int, typer.Option(help="Static experts (2: vision-language and robot).")] = 0,
+    perturb: Annotated[float, typer.Option(help="Noise on each expert, relative to its weights' RMS.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the routers and the noise.")] = 0,
+) -> None:
+    """Turn a dense checkpoint's MLPs into experts, each a copy of the MLP, as the paper initialises them."""
+    from chatvla_edge.export.accounting import parameters
+    from chatvla_edge.export.checkpoint.reader import open_checkpoint
+    from chatvla_edge.export.checkpoint.upcycle import equals_parent, upcycle, upcycled_spec
+    from chatvla_edge.export.spec import ExpertsSpec
+
+    wanted = ExpertsSpec(
+        routed=experts, top_k=top_k, shared=shared, static=static, static_active=1 if static > 1 else 0
+    )
+    parent = open_checkpoint(path)
+    item = next(iter(parent.tensors.values())).dtype.itemsize
+    with _progress() as bar:
+        task = bar.add_task("upcycling", total=parameters(upcycled_spec(parent.spec, wanted)).total * item)
+        upcycle(parent, output, wanted, perturb=perturb, seed=seed, progress=lambda count: bar.advance(task, count))
+    console.print(f"{output}: {wanted.summary}", highlight=False)
+    if not equals_parent(wanted):
+        console.print(
+            "[yellow]note[/yellow] shared experts are added to the routed ones: before any training, this checkpoint "
+            "does not compute what its parent does."
+        )
+
+
+def _dtype(precision: str) -> Any:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision not in dtypes:
+        raise typer.BadParameter(f"found {precision!r}, expected bf16 or fp32", param_hint="--precision")
+    return dtypes[precision]

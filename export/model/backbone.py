@@ -43,6 +43,8 @@ def text_config(spec: PolicySpec) -> Qwen2VLTextConfig:
             "mrope_section": list(language.mrope_section),
         },
         use_sliding_window=False,
+        bos_token_id=spec.tokens.endoftext,
+        eos_token_id=spec.tokens.im_end,
     )
     config._attn_implementation = "sdpa"
     return config

@@ -1,0 +1,241 @@
+"""Open a checkpoint of any public layout: every tensor accounted for, or an error that names it.
+
+Nothing is read but headers and config until a tensor is asked for, so a 22 GB checkpoint opens in a blink and an
+export can stream it.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chatvla_edge.export.checkpoint.config import SpecReader, View, read_json
+from chatvla_edge.export.checkpoint.errors import at, refusal
+from chatvla_edge.export.checkpoint.lora import is_lora, open_lora
+from chatvla_edge.export.checkpoint.names import Bond, Layout, bonds
+from chatvla_edge.export.checkpoint.statistics import Statistics, find_statistics
+from chatvla_edge.export.checkpoint.tensors import TensorEntry, TensorSource, open_tensors
+from chatvla_edge.export.model.policy import ChatVLA2
+from chatvla_edge.export.spec import PolicySpec
+
+# Public tensors that inference does not use, each with the reason why leaving it out is right.
+IGNORABLE: tuple[tuple[str, str], ...] = (
+    (r"expert_traffic", "a counter of training: how many tokens each expert saw"),
+    (r"policy_head\.hidden_states_for_cosattn\.(weight|bias)", "cross-attention that inference never feeds"),
+    (r".*\.rotary_emb\.inv_freq", "a table that follows from the rotary base; kept in fp32 here"),
+    (r"(model\.)?visual\.rotary_pos_emb\.inv_freq", "a table that follows from the rotary base; kept in fp32 here"),
+)
+NO_HEAD: tuple[tuple[str, str], ...] = (
+    (
+        r"(policy_head|input_action_proj|reasoning_action_proj|reasoning_film)\..*",
+        "the action head: not part of the vision-language view",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A tensor of the checkpoint that the policy does not hold, and why that is right."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    tensors: our parameter names -> lazily read tensors in the stored dtype; notes: whole sentences for the user about
+    assumptions and about config and tensors disagreeing.
+    """
+
+    path: Path
+    spec: PolicySpec
+    layout: Layout
+    tensors: TensorSource
+    ignored: tuple[Ignored, ...]
+    notes: tuple[str, ...]
+    config: Mapping[str, object]
+
+    def model(self, dtype: torch.dtype = torch.float32, progress: Callable[[int], None] | None = None) -> ChatVLA2:
+        """The reference model with these weights. `progress` is called with the bytes read."""
+        return ChatVLA2.from_tensors(self.spec, dict(self.read(dtype, progress)))
+
+    def read(
+        self, dtype: torch.dtype | None = None, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """All parameters one by one, checked for NaN and infinity, in `dtype` (None: as stored)."""
+        for name, entry in self.tensors.items():
+            tensor = self.tensors.read(name)
+            yield name, tensor if dtype is None else tensor.to(dtype)
+            if progress is not None:
+                progress(entry.nbytes)
+
+    def statistics(self, task: str | None = None) -> Statistics:
+        """Normalisation statistics of the training data, from beside the checkpoint or above it."""
+        found = find_statistics(self.path)
+        if found is None:
+            raise refusal(
+                self.path,
+                found="no dataset_stats.pkl or dataset_stats.json here, nor in the two folders above",
+                expected="the statistics that the training wrote",
+                do="Copy dataset_stats.pkl beside config.json: without it actions have no units.",
+            )
+        return Statistics.load(found, task=task)
+
+
+def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path | None = None) -> Checkpoint:
+    """Open a checkpoint directory strictly.
+
+    view: `vqa` reads a ChatVLA v1 checkpoint as the question-answering model (static expert 0, no head).
+    base: the Qwen2-VL directory that a LoRA checkpoint was trained on.
+
+    Raises CheckpointError, naming file and tensor, for anything missing, extra, wrongly shaped or unreadable.
+    """
+    path = Path(path)
+    config_file = _config_file(path)
+    config = read_json(config_file)
+    if is_lora(path):
+        if base is None:
+            raise refusal(
+                path,
+                found="a LoRA checkpoint (adapter_model)",
+                expected="its base model as well",
+                do="Name the Qwen2-VL directory it was trained on (--base DIR).",
+            )
+        source = open_lora(base, path)
+    else:
+        source = open_tensors(path)
+    shapes = {name: entry.shape for name, entry in source.items()}
+    reader = SpecReader(config, shapes, config_file)
+    try:
+        spec, layout = reader.read(view)
+    except (ArithmeticError, TypeError) as error:
+        raise refusal(config_file, found=str(error), expected="numbers that fit the tensors", do="Mend it.") from None
+    tensors, ignored = account(source, spec, layout, path, view)
+    return Checkpoint(path, spec, layout, tensors, ignored, (*source.notes, *reader.notes), config)
+
+
+def account(
+    source: TensorSource, spec: PolicySpec, layout: Layout, path: Path, view: View = "robot"
+) -> tuple[TensorSource, tuple[Ignored, ...]]:
+    """Tie each tensor of `source` to one of our parameters, or to the reason for leaving it out."""
+    parameters = {name: tuple(value.shape) for name, value in ChatVLA2.on_meta(spec).named_parameters()}
+    entries: dict[str, TensorEntry] = {}
+    used: set[str] = set()
+    for bond in bonds(parameters, layout):
+        for name, shape in bond.theirs.items():
+            _check(source, name, shape, path)
+        used.update(bond.theirs)
+        entries.update(_entries(source, bond))
+    ignored = []
+    for name in source:
+        if name in used:
+            continue
+        reason = _reason(name, spec, view)
+        if reason is None:
+            raise refusal(
+                at(source.origin(name), name),
+                found=f"a tensor {list(source.shape(name))} that has no place in this policy ({spec.variant}, "
+                f"{spec.language.experts.summary})",
+                expected="a known name",
+                do="If it matters, this layout is not one this version reads; if not, strip it from the checkpoint.",
+            )
+        if name == "lm_head.weight":
+            _check_tied(source, layout)
+        ignored.append(Ignored(name, reason))
+    return TensorSource(entries), tuple(ignored)
+
+
+def _config_file(path: Path) -> Path:
+    """config.json beside the weights, or one level up, where LoRA runs keep it."""
+    for folder in (path, path.parent):
+        if (folder / "config.json").is_file():
+            return folder / "config.json"
+    raise refusal(
+        path,
+        found="no config.json here nor in the folder above",
+        expected="the configuration that the training saved",
+        do="Copy it beside the weights: head counts, epsilons and routing are not in the tensors.",
+    )
+
+
+def _check(source: TensorSource, name: str, shape: tuple[int, ...], path: Path) -> None:
+    if name not in source:
+        raise refusal(
+            at(path, name),
+            found="no tensor of this name",
+            expected=f"one of shape {list(shape)}",
+            do="The checkpoint is incomplete or its tensor is misnamed.",
+        )
+    if source.shape(name) != shape:
+        raise refusal(
+            at(source.origin(name), name),
+            found=f"shape {list(source.shape(name))}",
+            expected=f"{list(shape)}, which the other tensors of this checkpoint imply",
+            do="The tensor is damaged or of another model.",
+        )
+    if not source.dtype(name).is_floating_point:
+        raise refusal(
+            at(source.origin(name), name),
+            found=str(source.dtype(name)),
+            expected="floating-point weights",
+            do="Quantized checkpoints are not read: export from the weights as trained.",
+        )
+
+
+def _entries(source: TensorSource, bond: Bond) -> Iterator[tuple[str, TensorEntry]]:
+    """Our side of a bond as entries that read their public tensors when asked."""
+    theirs = list(bond.theirs)
+    if len(theirs) == len(bond.ours) == 1:
+        yield next(iter(bond.ours)), source[theirs[0]]
+        return
+
+    # Several of our parameters lie in one public tensor and are read one after another: read and check that once.
+    @lru_cache(maxsize=1)
+    def parts() -> list[Tensor]:
+        return list(bond.to_ours([source.read(name) for name in theirs]))
+
+    last = len(bond.ours) - 1
+
+    def part(index: int) -> Tensor:
+        tensor = parts()[index].contiguous()
+        if index == last:
+            parts.cache_clear()
+        return tensor
+
+    for index, (name, shape) in enumerate(bond.ours.items()):
+        yield (
+            name,
+            TensorEntry(
+                shape,
+                source.dtype(theirs[0]),
+                f"{source.origin(theirs[0])} ({theirs[0]})",
+                lambda index=index: part(index),
+            ),
+        )
+
+
+def _reason(name: str, spec: PolicySpec, view: View) -> str | None:
+    rules = IGNORABLE + (NO_HEAD if view == "vqa" else ())
+    for pattern, reason in rules:
+        if re.fullmatch(pattern, name):
+            return reason
+    if name == "lm_head.weight" and spec.language.tied:
+        return "the embedding, stored twice: input and output are tied"
+    return None
+
+
+def _check_tied(source: TensorSource, layout: Layout) -> None:
+    embedding = "model.embed_tokens.weight" if layout.prefixes == "flat" else "model.language_model.embed_tokens.weight"
+    if not torch.equal(source.read("lm_head.weight"), source.read(embedding)):
+        raise refusal(
+            at(source.origin("lm_head.weight"), "lm_head.weight"),
+            found="numbers that differ from the embedding's",
+            expected="the same numbers: tie_word_embeddings is true",
+            do="Set tie_word_embeddings to false in config.json if the model was trained with two matrices.",
+        )
