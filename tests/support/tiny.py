@@ -1,6 +1,7 @@
 """A ChatVLA-2 of a few hundred thousand parameters, every part present."""
 
 import torch
+
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.spec import (
     ExpertsSpec,

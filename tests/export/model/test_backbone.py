@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from chatvla_edge.export.model.backbone import mrope_positions
 from support import tiny
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+
+from chatvla_edge.export.model.backbone import mrope_positions
 
 GRIDS = {1: [(8, 12)], 3: [(8, 12), (4, 4), (6, 10)]}
 
@@ -53,7 +54,7 @@ def scene(spec, images: int):
     ids = [tokens.im_start, 5, 6]
     for rows, columns in grids:
         ids += [tokens.vision_start, *[tokens.image_pad] * (rows * columns // 4), tokens.vision_end]
-    ids += torch.randint(0, 256, (9,), generator=generator).tolist() + [tokens.im_end, tokens.im_start, 7]
+    ids += [*torch.randint(0, 256, (9,), generator=generator).tolist(), tokens.im_end, tokens.im_start, 7]
     patches = torch.randn(sum(rows * columns for rows, columns in grids), 1176, generator=generator)
     return torch.tensor(ids), patches, grids
 
