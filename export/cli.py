@@ -51,7 +51,7 @@ def inspect_checkpoint(
     checkpoint = open_checkpoint(path, view="vqa" if view == "vqa" else "robot", base=base)
     if check:
         with _progress() as bar:
-            task = bar.add_task("checking tensors", total=checkpoint.tensors.nbytes)
+            task = bar.add_task("checking tensors", total=checkpoint.nbytes)
             for _ in checkpoint.read(progress=lambda count: bar.advance(task, count)):
                 pass
     facts = _facts(checkpoint)
@@ -67,7 +67,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
 
     spec = checkpoint.spec
     counted = parameters(spec)
-    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in checkpoint.tensors.values()})
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in checkpoint.entries.values()})
     return {
         "variant": spec.variant,
         "experts": spec.language.experts.summary,
@@ -76,7 +76,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "spec": spec.model_dump(),
         "layout": checkpoint.layout.model_dump(),
         "stored_dtypes": dtypes,
-        "stored_bytes": checkpoint.tensors.nbytes,
+        "stored_bytes": checkpoint.nbytes,
         "parameters": {"total": counted.total, "active_per_token": counted.active, "parts": counted.parts},
         "bytes": {precision: counted.bytes(precision) for precision in BITS},
         "meaning": likely_meaning(spec.head) if spec.head else None,
@@ -203,7 +203,7 @@ def upcycle(
         routed=experts, top_k=top_k, shared=shared, static=static, static_active=1 if static > 1 else 0
     )
     parent = open_checkpoint(path)
-    item = next(iter(parent.tensors.values())).dtype.itemsize
+    item = parent.dtype.itemsize
     with _progress() as bar:
         task = bar.add_task("upcycling", total=parameters(upcycled_spec(parent.spec, wanted)).total * item)
         upcycle(parent, output, wanted, perturb=perturb, seed=seed, progress=lambda count: bar.advance(task, count))

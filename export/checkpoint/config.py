@@ -146,7 +146,9 @@ class SpecReader:
         self._agree("the number of layers", layers, "num_hidden_layers")
         width = self._dense_width()
         if width is None:
-            width = experts.routed_width or int(self._need("intermediate_size"))
+            # No MLP of the common width exists; Qwen's families state the experts' own width beside it.
+            own = self.config.get("moe_intermediate_size") == experts.routed_width
+            width = int(self._need("intermediate_size")) if own or not experts.routed else experts.routed_width
         self._agree("the intermediate size", width, "intermediate_size")
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         section = self._need("mrope_section", rope)

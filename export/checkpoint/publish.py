@@ -69,7 +69,11 @@ def config_of(spec: PolicySpec, layout: Layout) -> dict[str, Any]:
             "routed_top_k": experts.top_k,
         }
     if layout.experts not in ("moevla", "deepseek"):
-        config |= {"num_experts_per_tok": experts.top_k, "norm_topk_prob": experts.renormalize}
+        config |= {
+            "num_experts_per_tok": experts.top_k,
+            "norm_topk_prob": experts.renormalize,
+            "moe_intermediate_size": language.routed_width,
+        }
     if spec.head is not None:
         config |= _head_config(spec)
     return config

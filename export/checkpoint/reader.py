@@ -7,7 +7,7 @@ export can stream it.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -49,14 +49,14 @@ class Ignored:
 class Checkpoint:
     """An opened checkpoint.
 
-    tensors: our parameter names -> lazily read tensors in the stored dtype; notes: whole sentences for the user about
-    assumptions and about config and tensors disagreeing.
+    entries: our parameter names -> tensors that are read, and checked under their public names, when asked for;
+    notes: whole sentences for the user about assumptions and about config and tensors disagreeing.
     """
 
     path: Path
     spec: PolicySpec
     layout: Layout
-    tensors: TensorSource
+    entries: Mapping[str, TensorEntry]
     ignored: tuple[Ignored, ...]
     notes: tuple[str, ...]
     config: Mapping[str, object]
@@ -65,12 +65,27 @@ class Checkpoint:
         """The reference model with these weights. `progress` is called with the bytes read."""
         return ChatVLA2.from_tensors(self.spec, dict(self.read(dtype, progress)))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters as stored."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most parameters are stored in."""
+        dtypes = [entry.dtype for entry in self.entries.values()]
+        return max(set(dtypes), key=dtypes.count)
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter, by our name, in the stored dtype. Raises CheckpointError for NaN and infinity."""
+        return self.entries[name].load()
+
     def read(
         self, dtype: torch.dtype | None = None, progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """All parameters one by one, checked for NaN and infinity, in `dtype` (None: as stored)."""
-        for name, entry in self.tensors.items():
-            tensor = self.tensors.read(name)
+        """All parameters one by one, checked, in `dtype` (None: as stored). `progress` is told the bytes read."""
+        for name, entry in self.entries.items():
+            tensor = entry.load()
             yield name, tensor if dtype is None else tensor.to(dtype)
             if progress is not None:
                 progress(entry.nbytes)
@@ -116,13 +131,13 @@ def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path 
         spec, layout = reader.read(view)
     except (ArithmeticError, TypeError) as error:
         raise refusal(config_file, found=str(error), expected="numbers that fit the tensors", do="Mend it.") from None
-    tensors, ignored = account(source, spec, layout, path, view)
-    return Checkpoint(path, spec, layout, tensors, ignored, (*source.notes, *reader.notes), config)
+    entries, ignored = account(source, spec, layout, path, view)
+    return Checkpoint(path, spec, layout, entries, ignored, (*source.notes, *reader.notes), config)
 
 
 def account(
     source: TensorSource, spec: PolicySpec, layout: Layout, path: Path, view: View = "robot"
-) -> tuple[TensorSource, tuple[Ignored, ...]]:
+) -> tuple[Mapping[str, TensorEntry], tuple[Ignored, ...]]:
     """Tie each tensor of `source` to one of our parameters, or to the reason for leaving it out."""
     parameters = {name: tuple(value.shape) for name, value in ChatVLA2.on_meta(spec).named_parameters()}
     entries: dict[str, TensorEntry] = {}
@@ -148,7 +163,7 @@ def account(
         if name == "lm_head.weight":
             _check_tied(source, layout)
         ignored.append(Ignored(name, reason))
-    return TensorSource(entries), tuple(ignored)
+    return entries, tuple(ignored)
 
 
 def _config_file(path: Path) -> Path:
@@ -189,35 +204,23 @@ def _check(source: TensorSource, name: str, shape: tuple[int, ...], path: Path) 
 
 
 def _entries(source: TensorSource, bond: Bond) -> Iterator[tuple[str, TensorEntry]]:
-    """Our side of a bond as entries that read their public tensors when asked."""
+    """Our side of a bond as entries that read and check their public tensors when asked."""
     theirs = list(bond.theirs)
-    if len(theirs) == len(bond.ours) == 1:
-        yield next(iter(bond.ours)), source[theirs[0]]
-        return
+    dtype, origin = source.dtype(theirs[0]), source.origin(theirs[0])
 
-    # Several of our parameters lie in one public tensor and are read one after another: read and check that once.
+    # Several of our parameters may lie in one public tensor and are read one after another: read and check that once.
     @lru_cache(maxsize=1)
     def parts() -> list[Tensor]:
         return list(bond.to_ours([source.read(name) for name in theirs]))
 
-    last = len(bond.ours) - 1
-
     def part(index: int) -> Tensor:
         tensor = parts()[index].contiguous()
-        if index == last:
+        if index == len(bond.ours) - 1:
             parts.cache_clear()
         return tensor
 
     for index, (name, shape) in enumerate(bond.ours.items()):
-        yield (
-            name,
-            TensorEntry(
-                shape,
-                source.dtype(theirs[0]),
-                f"{source.origin(theirs[0])} ({theirs[0]})",
-                lambda index=index: part(index),
-            ),
-        )
+        yield name, TensorEntry(shape, dtype, origin, partial(part, index))
 
 
 def _reason(name: str, spec: PolicySpec, view: View) -> str | None:

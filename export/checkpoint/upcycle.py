@@ -74,21 +74,20 @@ def upcycle(
             return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
         copied = _EXPERT.fullmatch(name)
         if copied is None:
-            return parent.tensors.read(name)
-        tensor = parent.tensors.read(copied[1] + copied[2])
+            return parent.tensor(name)
+        tensor = parent.tensor(copied[1] + copied[2])
         if not perturb:
             return tensor
         noise = torch.randn(tensor.shape, generator=generator)
         return tensor.float() + perturb * tensor.float().pow(2).mean().sqrt() * noise
 
-    stored = next(iter(parent.tensors.values())).dtype
     statistics = parent.statistics() if spec.head is not None and find_statistics(parent.path) else None
     write_checkpoint(
         directory,
         spec,
         layout or parent.layout,
         supply,
-        dtype=dtype or stored,
+        dtype=dtype or parent.dtype,
         statistics=statistics,
         tokenizer=(tokenizer / "tokenizer.json").read_text(encoding="utf-8"),
         progress=progress,

@@ -80,7 +80,7 @@ CASES = {
         ),
         Layout(experts="qwen"),
         public.language(public.qwen2_moe) | public.projectors(film=False) | public.head("chatvla"),
-        {"num_experts_per_tok": 4, "norm_topk_prob": False},
+        {"num_experts_per_tok": 4, "norm_topk_prob": False, "moe_intermediate_size": 24},
     ),
     "qwen3-vl-moe": (
         tiny.policy(ExpertsSpec(routed=8, top_k=2, router_bias=False), head_spec=NORM_HEAD),
@@ -184,13 +184,13 @@ def test_fused_experts_go_to_their_own_gate_up_and_down(tmp_path):
     stored = {name: torch.randn(shape) for name, shape in names.items()}
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(public_config(spec, config)))
-    tensors = open_checkpoint(tmp_path).tensors
+    checkpoint = open_checkpoint(tmp_path)
     fused = stored["model.layers.1.mlp.experts.gate_up_proj"]
     ours = "backbone.language.layers.1.mlp.routed.5."
-    assert torch.equal(tensors.read(f"{ours}gate_proj.weight"), fused[5, :, : public.INNER].T)
-    assert torch.equal(tensors.read(f"{ours}up_proj.weight"), fused[5, :, public.INNER :].T)
+    assert torch.equal(checkpoint.tensor(f"{ours}gate_proj.weight"), fused[5, :, : public.INNER].T)
+    assert torch.equal(checkpoint.tensor(f"{ours}up_proj.weight"), fused[5, :, public.INNER :].T)
     down = stored["model.layers.1.mlp.experts.down_proj"]
-    assert torch.equal(tensors.read(f"{ours}down_proj.weight"), down[5].T)
+    assert torch.equal(checkpoint.tensor(f"{ours}down_proj.weight"), down[5].T)
 
 
 def test_split_attention_is_joined_as_query_then_key_and_value(tmp_path):
