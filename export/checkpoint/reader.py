@@ -5,7 +5,7 @@ export can stream it.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +19,10 @@ from chatvla_edge.export.checkpoint.lora import is_lora, open_lora
 from chatvla_edge.export.checkpoint.names import Bond, Layout, bonds
 from chatvla_edge.export.checkpoint.statistics import Statistics, find_statistics
 from chatvla_edge.export.checkpoint.tensors import TensorEntry, TensorSource, open_tensors
-from chatvla_edge.export.model.policy import ChatVLA2
+from chatvla_edge.export.checkpoint.tokenizer import read_prompt
+from chatvla_edge.export.model.images import Preprocessing
+from chatvla_edge.export.model.policy import ChatVLA2, ReferencePolicy
+from chatvla_edge.export.normalization import Normalization
 from chatvla_edge.export.spec import PolicySpec
 
 # Public tensors that inference does not use, each with the reason why leaving it out is right.
@@ -101,6 +104,17 @@ class Checkpoint:
                 do="Copy dataset_stats.pkl beside config.json: without it actions have no units.",
             )
         return Statistics.load(found, task=task)
+
+    def policy(self, preprocessing: Sequence[Preprocessing], *, task: str | None = None) -> ReferencePolicy:
+        """The whole reference policy in fp32, one preprocessing per camera in the checkpoint's order."""
+        statistics = self.statistics(task)
+        normalization = Normalization(
+            state_mean=statistics.qpos_mean,
+            state_std=statistics.qpos_std,
+            action_min=statistics.action_min,
+            action_max=statistics.action_max,
+        )
+        return ReferencePolicy(self.model(), read_prompt(self.path, self.spec), preprocessing, normalization)
 
 
 def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path | None = None) -> Checkpoint:
