@@ -268,8 +268,6 @@ def _build(value: Any, state: Any) -> None:
     match value, state:
         case _Array(value=None), (1, shape, _DType() as dtype, bool() | 0 | 1 as fortran, bytes() | str() as data):
             value.value = _view(_as_bytes(data), dtype, shape, bool(fortran))
-        case _Array(), (1, _, _, _, list()):
-            raise _RefusedError("an array of objects")
         case _DType(), (3, "<" | ">" | "|" | "=" as order, None, None, None, -1, -1, 0):
             value.value = value.value.newbyteorder(order)
         case _:

@@ -62,12 +62,6 @@ def test_shards_are_read_through_their_index_in_its_order(sharded, weights):
     assert source.nbytes == sum(tensor.nbytes for tensor in weights.values())
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
-def test_torch_files_are_read_as_they_were_saved(tmp_path, weights, suffix):
-    torch.save(weights, tmp_path / f"file{suffix}")
-    same(open_tensors(tmp_path / f"file{suffix}"), weights)
-
-
 def test_a_directory_of_torch_shards_is_read_through_its_index(tmp_path, weights):
     names = list(weights)
     table = {name: f"pytorch_model-0000{1 + (i > 2)}-of-00002.bin" for i, name in enumerate(names)}
@@ -75,27 +69,6 @@ def test_a_directory_of_torch_shards_is_read_through_its_index(tmp_path, weights
         torch.save({name: weights[name] for name in names if table[name] == shard}, tmp_path / shard)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
     same(open_tensors(tmp_path), weights)
-
-
-@pytest.mark.parametrize("place", [("nets", "nets"), ("nets", "ema")])
-def test_a_nested_state_dict_is_read_from_the_place_that_is_named(tmp_path, weights, place):
-    torch.save({"nets": {place[1]: weights}}, tmp_path / "head.ckpt")
-    same(open_tensors(tmp_path / "head.ckpt", nested=place), weights)
-
-
-def test_a_state_dict_sought_in_the_wrong_place_is_refused_with_the_right_places(tmp_path, weights):
-    torch.save({"nets": {"nets": weights, "ema": weights}}, tmp_path / "head.ckpt")
-    with pytest.raises(CheckpointError, match=r"\['nets'\]\['nets'\], \['nets'\]\['ema'\]"):
-        open_tensors(tmp_path / "head.ckpt")
-
-
-def test_parameters_and_transposed_views_are_read_as_plain_contiguous_tensors(tmp_path):
-    matrix = torch.randn(3, 5)
-    torch.save({"p": torch.nn.Parameter(matrix), "t": matrix.t()}, tmp_path / "a.bin")
-    source = open_tensors(tmp_path / "a.bin")
-    assert torch.equal(source.read("p"), matrix)
-    assert source.read("t").is_contiguous()
-    assert torch.equal(source.read("t"), matrix.t())
 
 
 def test_unaligned_data_is_read_right(tmp_path):
@@ -377,71 +350,6 @@ def test_any_mutated_or_truncated_safetensors_file_is_read_whole_or_refused(tmp_
             source.read(name)
     except CheckpointError as error:
         assert "model.safetensors" in str(error)  # noqa: PT017  refusing is one of the two right ends
-
-
-# -------------------------------------------------------------------------------------------------------- torch files
-
-
-class Executes:
-    """A pickle that would leave a mark if it ran."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
-def test_code_in_a_torch_file_is_named_and_never_runs(tmp_path):
-    torch.save({"w": torch.ones(1), "x": Executes(tmp_path / "mark")}, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match=r"a\.bin: found more than tensors .*posix\.mkdir"):
-        open_tensors(tmp_path / "a.bin")
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        (3, "'b': found a int"),
-        (None, "'b': found a NoneType"),
-        ([torch.ones(1)], "'b': found a list"),
-        (torch.ones(3).to_sparse(), "not simply its bytes"),
-        (torch.ones(1).expand(1 << 40), "not simply its bytes"),
-        (torch.empty(3, device="meta"), "not simply its bytes"),
-        (torch.ones(3, dtype=torch.complex64), "dtype torch.complex64"),
-    ],
-)
-def test_entries_of_a_torch_file_that_are_no_plain_tensors_are_refused_by_name(tmp_path, value, found):
-    torch.save({"a": torch.ones(1), "b": value}, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match=found):
-        open_tensors(tmp_path / "a.bin")
-
-
-@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {}, {3: torch.ones(2)}])
-def test_a_torch_file_that_is_no_dict_of_named_tensors_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match=r"a\.bin"):
-        open_tensors(tmp_path / "a.bin")
-
-
-def test_a_torch_file_in_the_old_format_is_refused_with_the_remedy(tmp_path):
-    torch.save({"a": torch.ones(1)}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"before torch 1\.6.*Load and save it again"):
-        open_tensors(tmp_path / "a.bin")
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_torch_file_is_refused(tmp_path, weights, kept):
-    torch.save(weights, tmp_path / "a.bin")
-    os.truncate(tmp_path / "a.bin", int((tmp_path / "a.bin").stat().st_size * kept))
-    with pytest.raises(CheckpointError, match=r"a\.bin: found no complete zip archive"):
-        open_tensors(tmp_path / "a.bin")
-
-
-def test_a_place_inside_safetensors_is_refused(tmp_path):
-    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="one flat table"):
-        open_tensors(tmp_path / "a.safetensors", nested=("nets",))
 
 
 # -------------------------------------------------------------------------------------------------------- composition

@@ -137,6 +137,16 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_an_error_while_starting_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"), SafetensorsWriter(tmp_path, PLAN):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 KILLED = """
 import sys, torch
 from chatvla_edge.export.checkpoint.writer import PlannedTensor, SafetensorsWriter
