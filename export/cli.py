@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from chatvla_edge.export.checkpoint.reader import Checkpoint
@@ -88,28 +89,29 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
 def _show(path: Path, facts: dict[str, Any]) -> None:
     spec, counted = facts["spec"], facts["parameters"]
     language, vision, head = spec["language"], spec["vision"], spec["head"]
+    rows: dict[str, str] = {}
+    rows["variant"] = facts["variant"]
+    rows["experts"] = facts["experts"]
+    rows["language"] = (
+        f"{language['layers']} layers, hidden {language['hidden']}, {language['heads']} heads over "
+        f"{language['kv_heads']} key/value heads, intermediate {language['intermediate']}, "
+        f"vocabulary {language['vocab']}"
+    )
+    rows["vision"] = f"{vision['depth']} blocks, width {vision['embed_dim']}, {vision['heads']} heads"
+    if head:
+        rows["head"] = (
+            f"ScaleDP {facts['head']}: {head['depth']} blocks, width {head['width']}, {head['heads']} heads; "
+            f"{spec['sampler']['steps']} of {spec['sampler']['train_steps']} diffusion steps"
+        )
+        rows["conditioning"] = _conditioning(spec)
+        rows["chunk"] = f"{head['horizon']} actions of {head['action_dim']}, state of {head['state_dim']}"
+        rows["meaning"] = facts["meaning"]
+    rows["stored"] = f"{', '.join(facts['stored_dtypes'])}, {_gigabytes(facts['stored_bytes'])}"
     table = Table(title=str(path), show_header=False, title_style="bold")
     table.add_column(style="cyan")
     table.add_column(overflow="fold")
-    table.add_row("variant", facts["variant"])
-    table.add_row("experts", facts["experts"])
-    table.add_row(
-        "language",
-        f"{language['layers']} layers, hidden {language['hidden']}, {language['heads']} heads over "
-        f"{language['kv_heads']} key/value heads, intermediate {language['intermediate']}, "
-        f"vocabulary {language['vocab']}",
-    )
-    table.add_row("vision", f"{vision['depth']} blocks, width {vision['embed_dim']}, {vision['heads']} heads")
-    if head:
-        table.add_row(
-            "head",
-            f"ScaleDP {facts['head']}: {head['depth']} blocks, width {head['width']}, {head['heads']} heads; "
-            f"{spec['sampler']['steps']} of {spec['sampler']['train_steps']} diffusion steps",
-        )
-        table.add_row("conditioning", _conditioning(spec))
-        table.add_row("chunk", f"{head['horizon']} actions of {head['action_dim']}, state of {head['state_dim']}")
-        table.add_row("meaning", facts["meaning"])
-    table.add_row("stored", f"{', '.join(facts['stored_dtypes'])}, {_gigabytes(facts['stored_bytes'])}")
+    for name, text in rows.items():
+        table.add_row(name, Text(text))  # Text: units in brackets are not markup
     console.print(table)
 
     table = Table(title="parameters", title_style="bold")
@@ -125,12 +127,14 @@ def _show(path: Path, facts: dict[str, Any]) -> None:
     sizes = ", ".join(f"{precision} {_gigabytes(size)}" for precision, size in facts["bytes"].items())
     console.print(f"[cyan]all weights in[/cyan] {sizes}")
     for note in facts["notes"]:
-        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+        console.print("[yellow]note[/yellow]", Text(note))
     reasons: dict[str, list[str]] = {}
     for ignored in facts["ignored"]:
         reasons.setdefault(ignored["reason"], []).append(ignored["name"])
     for reason, names in reasons.items():
-        console.print(f"[cyan]left out[/cyan] {len(names)} ({names[0]}, ...): {reason}", highlight=False)
+        console.print(
+            "[cyan]left out[/cyan]", Text(f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}")
+        )
 
 
 def _conditioning(spec: dict[str, Any]) -> str:
@@ -222,3 +226,11 @@ def _dtype(precision: str) -> Any:
     if precision not in dtypes:
         raise typer.BadParameter(f"found {precision!r}, expected bf16 or fp32", param_hint="--precision")
     return dtypes[precision]
+
+
+@app.command("demo")
+def demo() -> None:
+    """Write, inspect, upcycle and ask a small checkpoint: the tour of what stands, in seconds."""
+    from chatvla_edge.export.demo import run
+
+    run(console)

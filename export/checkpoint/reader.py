@@ -16,8 +16,8 @@ from torch import Tensor
 from chatvla_edge.export.checkpoint.config import SpecReader, View, read_json
 from chatvla_edge.export.checkpoint.errors import at, refusal
 from chatvla_edge.export.checkpoint.lora import is_lora, open_lora
-from chatvla_edge.export.checkpoint.names import Bond, Layout, bonds
-from chatvla_edge.export.checkpoint.statistics import Statistics, find_statistics
+from chatvla_edge.export.checkpoint.names import PREFIXES, Bond, Layout, bonds
+from chatvla_edge.export.checkpoint.statistics import Statistics, find_statistics, load_statistics
 from chatvla_edge.export.checkpoint.tensors import TensorEntry, TensorSource, open_tensors
 from chatvla_edge.export.checkpoint.tokenizer import read_prompt
 from chatvla_edge.export.model.images import Preprocessing
@@ -103,7 +103,7 @@ class Checkpoint:
                 expected="the statistics that the training wrote",
                 do="Copy dataset_stats.pkl beside config.json: without it actions have no units.",
             )
-        return Statistics.load(found, task=task)
+        return load_statistics(found, task=task)
 
     def policy(self, preprocessing: Sequence[Preprocessing], *, task: str | None = None) -> ReferencePolicy:
         """The whole reference policy in fp32, one preprocessing per camera in the checkpoint's order."""
@@ -136,7 +136,7 @@ def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path 
                 expected="its base model as well",
                 do="Name the Qwen2-VL directory it was trained on (--base DIR).",
             )
-        source = open_lora(base, path)
+        source = open_lora(_flat(open_tensors(base)), path)
     else:
         source = open_tensors(path)
     shapes = {name: entry.shape for name, entry in source.items()}
@@ -147,6 +147,17 @@ def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path 
         raise refusal(config_file, found=str(error), expected="numbers that fit the tensors", do="Mend it.") from None
     entries, ignored = account(source, spec, layout, path, view)
     return Checkpoint(path, spec, layout, entries, ignored, (*source.notes, *reader.notes), config)
+
+
+def _flat(base: TensorSource) -> TensorSource:
+    """A base model under the names of the training code, whichever transformers release wrote it."""
+    ours = {theirs: ours for ours, theirs in PREFIXES["nested"]}
+    flat = dict(PREFIXES["flat"])
+    renamed = {}
+    for name in base:
+        prefix = next((prefix for prefix in ours if name.startswith(prefix)), None)
+        renamed[name if prefix is None else flat[ours[prefix]] + name.removeprefix(prefix)] = name
+    return base.renamed(renamed)
 
 
 def account(

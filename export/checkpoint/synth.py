@@ -54,7 +54,7 @@ PRESETS: dict[str, tuple[PolicySpec, Layout, str]] = {
         PolicySpec(
             vision=VisionSpec(depth=2, embed_dim=64, heads=4),
             language=LanguageSpec(
-                vocab=320,
+                vocab=262,
                 hidden=64,
                 layers=2,
                 heads=4,
@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[PolicySpec, Layout, str]] = {
                 reasoning=ReasoningSpec(start=2, stop=4),
                 **ARX,
             ),
-            tokens=TokenSpec(im_start=300, im_end=301, vision_start=302, vision_end=303, image_pad=304, endoftext=305),
+            tokens=TokenSpec(im_start=256, im_end=257, vision_start=258, vision_end=259, image_pad=260, endoftext=261),
         ),
         Layout(head_qkv="split"),
         "all parts of ChatVLA-2, under a million parameters",

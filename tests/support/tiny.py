@@ -2,6 +2,7 @@
 
 import torch
 
+from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.spec import (
     ExpertsSpec,
@@ -68,3 +69,22 @@ def model(spec: PolicySpec | None = None, seed: int = 0, scale: float = 0.08) ->
         is_norm = "norm" in name and name.endswith("weight")
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (1.0 if is_norm else 0.0))
     return built
+
+
+def outputs(model):
+    """Numbers that depend on every weight: image tokens, logits, the sampled chunk."""
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.randn(32, 1176, generator=generator)
+    grids = [(4, 8)]
+    ids = torch.tensor([300, 7, *[304] * 8, 9, 11, 301])
+    positions, _ = mrope_positions(ids, grids, 304)
+    backbone = model.backbone
+    hidden = backbone.hidden(backbone.embed(ids, backbone.images(patches, grids)), positions)
+    result = [hidden, backbone.logits(hidden)]
+    if model.spec.head is not None:
+        observed, reasoned = model.fusion(hidden.mean(0), hidden[3:].mean(0))
+        state = torch.randn(1, model.spec.head.state_dim, generator=generator)
+        conditions = model.head.condition(observed[None], reasoned[None], state)
+        noise = torch.randn(1, model.spec.head.horizon, model.spec.head.action_dim, generator=generator)
+        result.append(model.head.sample(noise, conditions, model.spec.sampler))
+    return result

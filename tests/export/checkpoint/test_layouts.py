@@ -12,7 +12,6 @@ from chatvla_edge.export.checkpoint.names import Layout
 from chatvla_edge.export.checkpoint.publish import config_of, parameter_shapes, public_tensors, write_checkpoint
 from chatvla_edge.export.checkpoint.reader import open_checkpoint
 from chatvla_edge.export.checkpoint.tensors import open_tensors
-from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.spec import ExpertsSpec
 
 V1 = ExpertsSpec(static=2, static_active=1)
@@ -115,27 +114,8 @@ def public_config(spec, stated):
     return {**public.LANGUAGE_CONFIG, "policy_head_config": section, **stated}
 
 
-def outputs(model):
-    """Numbers that depend on every weight: image tokens, logits, the sampled chunk."""
-    generator = torch.Generator().manual_seed(5)
-    patches = torch.randn(32, 1176, generator=generator)
-    grids = [(4, 8)]
-    ids = torch.tensor([300, 7, *[304] * 8, 9, 11, 301])
-    positions, _ = mrope_positions(ids, grids, 304)
-    backbone = model.backbone
-    hidden = backbone.hidden(backbone.embed(ids, backbone.images(patches, grids)), positions)
-    result = [hidden, backbone.logits(hidden)]
-    if model.spec.head is not None:
-        observed, reasoned = model.fusion(hidden.mean(0), hidden[3:].mean(0))
-        state = torch.randn(1, model.spec.head.state_dim, generator=generator)
-        conditions = model.head.condition(observed[None], reasoned[None], state)
-        noise = torch.randn(1, model.spec.head.horizon, model.spec.head.action_dim, generator=generator)
-        result.append(model.head.sample(noise, conditions, model.spec.sampler))
-    return result
-
-
 def assert_same(model, other):
-    for ours, theirs in zip(outputs(model), outputs(other), strict=True):
+    for ours, theirs in zip(tiny.outputs(model), tiny.outputs(other), strict=True):
         assert torch.equal(ours, theirs)
 
 

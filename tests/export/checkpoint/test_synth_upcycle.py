@@ -6,7 +6,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import tiny
-from test_layouts import outputs
 
 from chatvla_edge.export.checkpoint.errors import CheckpointError
 from chatvla_edge.export.checkpoint.names import Layout
@@ -52,7 +51,7 @@ def test_an_upcycled_checkpoint_computes_what_its_parent_does(parent, tmp_path, 
     upcycle(parent, tmp_path / "c", experts)
     grown = open_checkpoint(tmp_path / "c")
     assert grown.spec.language.experts == experts
-    for ours, theirs in zip(outputs(grown.model()), outputs(parent.model()), strict=True):
+    for ours, theirs in zip(tiny.outputs(grown.model()), tiny.outputs(parent.model()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -64,7 +63,7 @@ def test_it_does_so_for_any_router(parent, upcycled, seed, scale):
     for name, value in model.named_parameters():
         if ".router." in name:
             value.copy_(torch.randn(value.shape, generator=generator) * scale)
-    for ours, theirs in zip(outputs(model), outputs(parent.model()), strict=True):
+    for ours, theirs in zip(tiny.outputs(model), tiny.outputs(parent.model()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -80,7 +79,7 @@ def test_perturbed_experts_differ_from_the_parent_and_from_each_other(parent, tm
     grown = open_checkpoint(tmp_path / "c")
     first, second = (grown.tensor(f"backbone.language.layers.0.mlp.routed.{e}.up_proj.weight") for e in (0, 1))
     assert not torch.equal(first, second)
-    hidden, parents = outputs(grown.model())[0], outputs(parent.model())[0]
+    hidden, parents = tiny.outputs(grown.model())[0], tiny.outputs(parent.model())[0]
     assert (hidden - parents).abs().max() > 1e-2
 
 
