@@ -132,9 +132,8 @@ def _show(path: Path, facts: dict[str, Any]) -> None:
     for ignored in facts["ignored"]:
         reasons.setdefault(ignored["reason"], []).append(ignored["name"])
     for reason, names in reasons.items():
-        console.print(
-            "[cyan]left out[/cyan]", Text(f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}")
-        )
+        shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        console.print("[cyan]left out[/cyan]", Text(f"{shown}: {reason}"))
 
 
 def _conditioning(spec: dict[str, Any]) -> str:

@@ -42,7 +42,8 @@ def run(console: Console) -> None:
         before, after = _ask(checkpoint), _ask(experts)
         seconds, answer = after
         console.print(f"instruction  {INSTRUCTION}")
-        console.print(f"reasoning    {answer.text!r} ({len(answer.token_ids)} tokens)", highlight=False)
+        ids = " ".join(str(token) for token in answer.token_ids[:12])
+        console.print(f"reasoning    {len(answer.token_ids)} tokens of noise: {ids} ...", highlight=False)
         console.print(_chart(answer))
         visits = answer.routing.sum(0)
         console.print(f"expert visits  {' '.join(str(count) for count in visits)}   {seconds:.2f} s on this CPU")

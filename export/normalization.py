@@ -42,9 +42,11 @@ class Normalization:
         """[S] in the robot's units -> [S] normalised."""
         if state.shape != self.state_mean.shape or not np.isfinite(state).all():
             raise ValueError(f"the state must be {len(self.state_mean)} finite numbers, found {np.asarray(state)}")
-        return ((state.astype(np.float32) - self.state_mean) / self.state_std).astype(np.float32)
+        normalized: Vector = (state.astype(np.float32) - self.state_mean) / self.state_std
+        return normalized
 
     def chunk(self, normalized: Vector) -> Vector:
         """[H, A] in [-1, 1] -> [H, A] in the robot's units."""
         span = self.action_max - self.action_min
-        return ((normalized + np.float32(1)) / np.float32(2) * span + self.action_min).astype(np.float32)
+        chunk: Vector = (normalized + np.float32(1)) / np.float32(2) * span + self.action_min
+        return chunk

@@ -171,7 +171,7 @@ def _split_qkv(ours: str, shape: Shape, attention: str, kind: str) -> Bond:
         theirs,
         {ours: shape},
         lambda parts: [torch.cat(list(parts))],
-        lambda parts: list(parts[0].split([third, 2 * third])),
+        lambda parts: list(torch.split(parts[0], [third, 2 * third])),
     )
 
 
@@ -191,7 +191,7 @@ def _stacked(prefix: str, below: str, parameters: Mapping[str, Shape], transpose
     yield Bond(
         {f"{below}mlp.experts.gate_up_proj": order(2 * width, hidden)},
         {name(e, p): (width, hidden) for e in range(count) for p in ("gate_proj", "up_proj")},
-        lambda parts: [half for expert in turn(parts[0]) for half in expert.split(width)],
+        lambda parts: [half for expert in turn(parts[0]) for half in torch.split(expert, width)],
         lambda parts: [turn(torch.stack([torch.cat([*pair]) for pair in zip(parts[::2], parts[1::2], strict=True)]))],
     )
     yield Bond(

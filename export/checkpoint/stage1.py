@@ -8,13 +8,15 @@ its condition embedding does not fit a VLA and is dropped, as the public loaders
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from chatvla_edge.export.checkpoint.errors import at, refusal
-from chatvla_edge.export.checkpoint.names import Layout, bonds
+from chatvla_edge.export.checkpoint.names import Bond, Layout, bonds
 from chatvla_edge.export.checkpoint.reader import Ignored
 from chatvla_edge.export.checkpoint.tensors import TensorEntry, TensorSource, open_tensors
 from chatvla_edge.export.model.scaledp import ScaleDP
@@ -75,7 +77,7 @@ def open_stage1_head(
             bond.ours[ours],
             first.dtype,
             first.origin,
-            lambda bond=bond: bond.to_ours([renamed.read(name) for name in bond.theirs])[0],
+            partial(_read, renamed, bond),
         )
     for name in renamed:
         if name not in used:
@@ -86,6 +88,10 @@ def open_stage1_head(
                 do="This head is of another family.",
             )
     return Stage1Head(path, head, entries, tuple(ignored))
+
+
+def _read(trunk: TensorSource, bond: Bond) -> Tensor:
+    return bond.to_ours([trunk.read(name) for name in bond.theirs])[0]
 
 
 def _trunk_shapes(head: HeadSpec) -> dict[str, tuple[int, ...]]:

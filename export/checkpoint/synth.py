@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -30,8 +31,17 @@ from chatvla_edge.export.spec import (
     scaledp,
 )
 
-ARX = {"action_dim": 14, "state_dim": 14, "horizon": 50}
-FRANKA = {"action_dim": 10, "state_dim": 7, "horizon": 16}
+
+class Robot(TypedDict):
+    """Sizes that a robot gives its head."""
+
+    action_dim: int
+    state_dim: int
+    horizon: int
+
+
+ARX: Robot = {"action_dim": 14, "state_dim": 14, "horizon": 50}
+FRANKA: Robot = {"action_dim": 10, "state_dim": 7, "horizon": 16}
 
 _PAPER = ExpertsSpec(routed=8, top_k=2)
 _EVALUATED = ExpertsSpec(routed=4, top_k=2, shared=1)

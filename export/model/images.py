@@ -163,7 +163,8 @@ def _bilinear_cv2(frame: Frame, height: int, width: int) -> Frame:
     across = source[:, wide[0]] * wide[2][:, None] + source[:, wide[1]] * wide[3][:, None]
     upper = (across[tall[0]] >> 4) * tall[2][:, None, None] >> 16
     lower = (across[tall[1]] >> 4) * tall[3][:, None, None] >> 16
-    return np.clip((upper + lower + 2) >> 2, 0, 255).astype(np.uint8)
+    out: Frame = np.clip((upper + lower + 2) >> 2, 0, 255).astype(np.uint8)
+    return out
 
 
 def _taps(size: int, wanted: int) -> Sequence[NDArray[np.int32]]:
