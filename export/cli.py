@@ -177,7 +177,10 @@ def synth(
         raise typer.BadParameter("say where to write the checkpoint", param_hint="--output")
     spec, layout, _ = PRESETS[geometry]
     if layers is not None:
-        spec = truncated(spec, layers)
+        try:
+            spec = truncated(spec, layers)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--layers") from None
     dtype = _dtype(precision)
     with _progress() as bar:
         task = bar.add_task(f"writing {geometry}", total=parameters(spec).total * dtype.itemsize)
