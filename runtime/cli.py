@@ -49,6 +49,7 @@ def _root(
     _version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
     ),
+    _traceback: bool = typer.Option(False, "--traceback", help="Show where in the code an error arose, for a report."),
 ) -> None:
     if problems := conflicts():
         for problem in problems:
@@ -80,14 +81,12 @@ def main() -> None:
     """
     try:
         application()()
-    except ModuleNotFoundError as error:
-        sentence = missing_library(error)
-        if sentence is None:
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        sentence = missing_library(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        # Read off the arguments, since an error may arise before typer has parsed them.
+        if sentence is None or sys.argv[1:2] == ["--traceback"]:
             raise
         show_error(sentence)
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        show_error(str(error))
         sys.exit(1)
 
 

@@ -72,6 +72,11 @@ def test_an_error_for_the_user_is_one_sentence_taken_literally(run):
     assert (code, out, err) == (1, "", "error shape [2, 3] in [/bold] file[red].safetensors\n")
 
 
+def test_traceback_shows_where_such_an_error_arose(run):
+    with pytest.raises(ValueError, match="shape"):
+        run("--traceback", "probe", probe=raises(ValueError("shape")))
+
+
 def test_a_long_error_is_not_broken_into_lines(run):
     # A path that is cut in two can neither be copied nor searched for.
     assert run("probe", probe=raises(OSError("x" * 300)))[2] == f"error {'x' * 300}\n"
