@@ -21,7 +21,7 @@ class System:
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for tool in ("cat", "cksum", "dirname", "env", "find", "grep", "nproc", "rm", "sed", "sh"):
+        for tool in ("cat", "cksum", "dirname", "env", "find", "grep", "rm", "sed", "sh"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.log = folder / "log"
         self.log.touch()
