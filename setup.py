@@ -36,6 +36,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
+    options={"build_ext": {"parallel": True}},  # one compiler per core
     packages=[
         name
         for room in ROOMS

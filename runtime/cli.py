@@ -4,7 +4,7 @@ Rooms register a typer application under the entry-point group ``chatvla_edge.co
 import (typer and rich only); what is heavy is imported inside the command that needs it, so `chatvla-edge --help`
 works on a robot without torch.
 
-Exit codes, for all commands: 0 ok, 1 a check failed, 2 usage.
+Exit codes, for all commands: 0 ok, 1 a check failed or the command could not do its work, 2 usage.
 """
 
 import sys
@@ -12,12 +12,31 @@ from importlib.metadata import entry_points, version
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from chatvla_edge.runtime.install import conflicts
 
 ROOT_HELP = "Runs a trained ChatVLA-2 policy on a robot: export a checkpoint, verify it, run it at native rate."
 
-_stderr = Console(stderr=True, highlight=False)
+GROUP = "chatvla_edge.commands"
+
+# Which extra brings the module that an import did not find. `onnxruntime` has two homes; the sentence names both.
+EXTRAS_OF = {
+    "PIL": ("export",),
+    "cv2": ("calibration",),
+    "mujoco": ("sim",),
+    "onnx": ("export",),
+    "onnxruntime": ("cpu", "cuda"),
+    "onnxscript": ("export",),
+    "pymodbus": ("robotiq",),
+    "pyrealsense2": ("realsense",),
+    "safetensors": ("export",),
+    "serial": ("robotiq",),
+    "torch": ("export",),
+    "transformers": ("export",),
+}
+
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -27,13 +46,14 @@ def _show_version(wanted: bool) -> None:
 
 
 def _root(
-    show_version: bool = typer.Option(
+    _version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
     ),
+    _traceback: bool = typer.Option(False, "--traceback", help="Show where in the code an error arose, for a report."),
 ) -> None:
     if problems := conflicts():
         for problem in problems:
-            _stderr.print(f"[red]error[/red] {problem}")
+            show_error(problem)
         raise typer.Exit(1)
 
 
@@ -48,7 +68,7 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
         callback=_root,
     )
-    for entry in sorted(entry_points(group="chatvla_edge.commands"), key=lambda entry: entry.name):
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         app.add_typer(entry.load())
     return app
 
@@ -61,28 +81,26 @@ def main() -> None:
     """
     try:
         application()()
-    except ModuleNotFoundError as error:
-        _stderr.print(f"[red]error[/red] {missing_library(error)}")
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        sentence = missing_library(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        # Read off the arguments, since an error may arise before typer has parsed them.
+        if sentence is None or sys.argv[1:2] == ["--traceback"]:
+            raise
+        show_error(sentence)
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        _stderr.print(f"[red]error[/red] {error}", markup=True)
-        sys.exit(1)
 
 
-EXTRA_OF = {
-    "torch": "export",
-    "transformers": "export",
-    "safetensors": "export",
-    "PIL": "export",
-    "onnx": "export",
-    "onnxruntime": "cpu",
-}
+def show_error(message: str) -> None:
+    """Print one error on stderr, taken literally: a path or a shape may hold square brackets."""
+    _stderr.print(Text.assemble(("error", "red"), " ", message))
 
 
-def missing_library(error: ModuleNotFoundError) -> str:
-    """The sentence for a library that an optional extra would bring."""
+def missing_library(error: ModuleNotFoundError) -> str | None:
+    """The sentence for a library that an optional extra would bring; None if no extra does: then it is a defect."""
     library = (error.name or "").split(".")[0]
-    extra = EXTRA_OF.get(library)
-    if extra is None:
-        return f"the Python module {error.name!r} is missing"
-    return f"this command needs {library!r}, which the extra [{extra}] brings: pip install 'chatvla-edge[{extra}]'"
+    extras = EXTRAS_OF.get(library)
+    if extras is None:
+        return None
+    which = " or ".join(f"[{extra}]" for extra in extras)
+    installs = " or ".join(f"pip install 'chatvla-edge[{extra}]'" for extra in extras)
+    return f"this command needs the module `{library}`, which the extra {which} brings: {installs}"

@@ -1,46 +1,67 @@
-"""What is wrong with this Python environment, found before anything is loaded from it."""
+"""What is wrong with this Python environment, found in its metadata before anything is loaded from it."""
 
-from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import Distribution, PackageNotFoundError
 
-Version = Callable[[str], str | None]
+Find = Callable[[str], Distribution | None]
 
-# One module, several distributions: installing a second one overwrites files of the first, and which execution
-# providers remain is then a matter of installation order.
-ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+# One module `onnxruntime`, several distributions: installing a second one overwrites files of the first, and which
+# execution providers are left is then a matter of installation order.
+ONNXRUNTIME = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-migraphx",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-training",
+)
+
+# PyPI's `tensorrt` is metadata alone and asks for `tensorrt-cu13`, whose build downloads the engine (`-libs`) from
+# NVIDIA. JetPack's own `tensorrt` bears the same name and asks for nothing.
+TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 
 
-def installed_version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
+def installed(name: str) -> Distribution | None:
+    """The installed distribution of that name, or None."""
     try:
-        return version(distribution)
+        return Distribution.from_name(name)
     except PackageNotFoundError:
         return None
 
 
-def conflicts(find: Version = installed_version) -> list[str]:
-    """Installations that cannot work, each as one sentence: what was found, why it fails, what to do."""
-    return list(_onnxruntime(find)) + list(_tensorrt_stub(find))
+def conflicts(find: Find = installed) -> list[str]:
+    """Installations that cannot work, each as a message: what was found, why it fails, what to do."""
+    return [*_shared_onnxruntime(find), *_hollow_tensorrt(find)]
 
 
-def _onnxruntime(find: Version) -> Iterable[str]:
-    found = [f"{name} {number}" for name in ONNXRUNTIME if (number := find(name)) is not None]
+def _shared_onnxruntime(find: Find) -> Iterator[str]:
+    found = [(name, one.version) for name in ONNXRUNTIME if (one := find(name)) is not None]
     if len(found) > 1:
-        names = " ".join(entry.split()[0] for entry in found)
+        named = " and ".join(f"{name} {version}" for name, version in found)
         yield (
-            f"{' and '.join(found)} are installed together, but all own the module `onnxruntime` and overwrite each "
-            f"other. Keep one: pip uninstall -y {names}, then install either the extra cpu or the extra cuda."
+            f"{named} are installed together, but each owns the module `onnxruntime` and overwrites the others' files. "
+            f"Remove them, pip uninstall -y {' '.join(name for name, _ in found)}, then install one extra: "
+            "pip install 'chatvla-edge[cpu]' or 'chatvla-edge[cuda]'."
         )
 
 
-def _tensorrt_stub(find: Version) -> Iterable[str]:
-    # PyPI's `tensorrt` is a meta package that pulls a desktop build of several GB from elsewhere, or fails; on a
-    # Jetson it shadows the TensorRT that JetPack installed system-wide.
-    if find("tensorrt") is not None and find("tensorrt-cu12-libs") is None and find("tensorrt-cu13-libs") is None:
-        from importlib.util import find_spec
-
-        if find_spec("tensorrt") is None:
+def _hollow_tensorrt(find: Find) -> Iterator[str]:
+    for name in TENSORRT:
+        if (found := find(name)) is None:
+            continue
+        if missing := [wanted for wanted in _required(found) if find(wanted) is None]:
             yield (
-                f"the distribution tensorrt {find('tensorrt')} from PyPI is a stub without an engine. On a Jetson, "
-                "uninstall it and create the environment with --system-site-packages, so that JetPack's is found."
+                f"{name} {found.version} is installed without {' and '.join(missing)}: a shell with no engine in it, "
+                "which hides the TensorRT of the system. "
+                f"Remove it, pip uninstall -y {name}; on a Jetson, make the environment with "
+                "`python3 -m venv --system-site-packages`, so that JetPack's TensorRT is found."
             )
+
+
+def _required(found: Distribution) -> Iterator[str]:
+    """Names of the distributions that `found` cannot do without (those behind a marker are somebody's choice)."""
+    for requirement in found.requires or ():
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if name and ";" not in requirement:
+            yield name.group().replace("_", "-").lower()
