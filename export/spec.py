@@ -48,9 +48,11 @@ class ExpertsSpec(Data):
     router_bias: bool = True
     scoring: Literal["softmax", "sigmoid"] = Field(
         default="softmax",
-        description="sigmoid is the DeepSeek-style research variant: bias selects only, kept scores are normalised",
+        description="sigmoid is the DeepSeek-style research variant: its bias selects only, the weights ignore it",
     )
-    renormalize: bool = Field(default=True, description="weights of the kept k sum to 1 (softmax over the kept logits)")
+    renormalize: bool = Field(
+        default=True, description="weights of the kept k sum to 1 (with softmax: that over the kept logits)"
+    )
     shared: int = Field(default=0, ge=0, description="experts that every token visits")
     shared_width: int = Field(default=0, ge=0, description="intermediate size of a shared expert; 0 = the MLP's")
     shared_gate: bool = False
