@@ -215,9 +215,15 @@ class HeadSpec(Data):
 class SamplerSpec(Data):
     """DDIM, eta 0, epsilon prediction, leading timesteps, clipped x0, squared-cosine schedule."""
 
-    train_steps: int = 100
-    steps: int = 10
-    max_beta: float = 0.999
+    train_steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=10, ge=1)
+    max_beta: float = Field(default=0.999, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplerSpec":
+        if self.steps > self.train_steps:
+            raise ValueError(f"{self.steps} inference steps do not fit into {self.train_steps} training steps")
+        return self
 
 
 class TokenSpec(Data):
