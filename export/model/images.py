@@ -57,13 +57,25 @@ class CenterCrop(Data):
 
 
 class Rotate180(Data):
-    """For a camera mounted upside down (the Franka rig's wrist camera)."""
+    """For a camera mounted upside down (the Franka rig's wrist camera).
+
+    centre   about the frame's centre: both axes flipped
+    pixel    about pixel (height // 2, width // 2), as the public Franka script calls OpenCV: along an even side the
+             picture lands one pixel further, and the first row or column is black
+    """
 
     step: Literal["rotate_180"] = "rotate_180"
+    about: Literal["centre", "pixel"] = "centre"
 
     def apply(self, frame: Frame) -> Frame:
         """Turn by half a circle."""
-        return np.ascontiguousarray(frame[::-1, ::-1])
+        turned = np.ascontiguousarray(frame[::-1, ::-1])
+        if self.about == "centre":
+            return turned
+        down, right = (1 - size % 2 for size in frame.shape[:2])
+        shifted = np.zeros_like(turned)
+        shifted[down:, right:] = turned[: frame.shape[0] - down, : frame.shape[1] - right]
+        return shifted
 
 
 class Resize(Data):
@@ -126,7 +138,12 @@ PRESETS: dict[str, Preprocessing] = {
     ),
     # The public Franka evaluation: OpenCV's resize, no crop.
     "franka": Preprocessing.of(Resize(height=240, width=320, filter="bilinear_cv2"), QWEN2_VL),
-    "franka-wrist": Preprocessing.of(Rotate180(), Resize(height=240, width=320, filter="bilinear_cv2"), QWEN2_VL),
+    "franka-wrist": Preprocessing.of(
+        Resize(height=270, width=480, filter="bilinear_cv2"),
+        Rotate180(about="pixel"),
+        Resize(height=240, width=320, filter="bilinear_cv2"),
+        QWEN2_VL,
+    ),
 }
 
 
