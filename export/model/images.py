@@ -111,7 +111,7 @@ class Preprocessing(RootModel[tuple[Step, ...]]):
 
     def __call__(self, frame: Frame) -> Frame:
         """Apply all steps to a [height, width, 3] uint8 RGB frame."""
-        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
             raise ValueError(f"expected an RGB frame [height, width, 3] uint8, found {frame.dtype} {list(frame.shape)}")
         for step in self.root:
             frame = step.apply(frame)
