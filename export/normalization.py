@@ -47,4 +47,5 @@ class Normalization:
     def chunk(self, normalized: Vector) -> Vector:
         """[H, A] in [-1, 1] -> [H, A] in the robot's units."""
         span = self.action_max - self.action_min
-        return ((normalized + np.float32(1)) / np.float32(2) * span + self.action_min).astype(np.float32)
+        out: Vector = ((normalized + np.float32(1)) / np.float32(2) * span + self.action_min).astype(np.float32)
+        return out

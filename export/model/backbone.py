@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         cache = DynamicCache(config=self.language.config)
         prompt = self.hidden(self.embed(token_ids, image_tokens), positions.to(token_ids.device), cache)
         generated = [int(self.logits(prompt[-1:]).argmax(-1))]
-        decoded = []
+        decoded: list[Tensor] = []
         while generated[-1] != tokens.im_end and len(generated) < max_tokens:
             fed = torch.tensor(generated[-1:], device=token_ids.device)
             at = torch.full((3, 1), following + len(decoded), device=token_ids.device)

@@ -66,7 +66,7 @@ class Fusion(nn.Module):
 
     def forward(self, prompt: Tensor, reasoning: Tensor) -> tuple[Tensor, Tensor]:
         """Means [D] -> observation vector [D], reasoning vector [D]."""
-        dtype = self.input_projector[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         prompt, reasoning = prompt.to(dtype), reasoning.to(dtype)
         observed = self.input_projector(prompt)
         reasoned = self.reasoning_projector(reasoning)

@@ -186,7 +186,8 @@ def _bilinear_cv2(frame: Frame, height: int, width: int) -> Frame:
     across = source[:, left] * near[:, None] + source[:, right] * far[:, None]
     upper = (across[above] >> 4) * top[:, None, None] >> 16
     lower = (across[below] >> 4) * bottom[:, None, None] >> 16
-    return np.clip((upper + lower + 2) >> 2, 0, 255).astype(np.uint8)
+    out: Frame = np.clip((upper + lower + 2) >> 2, 0, 255).astype(np.uint8)
+    return out
 
 
 def _taps(size: int, wanted: int) -> Sequence[NDArray[np.int32]]:

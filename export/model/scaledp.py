@@ -37,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """[S] time steps -> [S, width]."""
-        features = timestep_features(timestep).to(self.mlp[0].weight)
+        features = timestep_features(timestep).to(next(self.parameters()))
         out: Tensor = self.mlp(features)
         return out
 
@@ -102,7 +102,8 @@ class Block(nn.Module):
         """x [B, H, n], condition [B, n] -> [B, H, n]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate_a[:, None] * self.attn(modulate(norm(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(norm(x), shift_m, scale_m))
+        out: Tensor = x + gate_m[:, None] * self.mlp(modulate(norm(x), shift_m, scale_m))
+        return out
 
 
 class FinalLayer(nn.Module):
