@@ -42,8 +42,7 @@ class Normalization:
         """[S] in the robot's units -> [S] normalised."""
         if state.shape != self.state_mean.shape or not np.isfinite(state).all():
             raise ValueError(f"the state must be {len(self.state_mean)} finite numbers, found {np.asarray(state)}")
-        normalized: Vector = (state.astype(np.float32) - self.state_mean) / self.state_std
-        return normalized
+        return ((state.astype(np.float32) - self.state_mean) / self.state_std).astype(np.float32)
 
     def chunk(self, normalized: Vector) -> Vector:
         """[H, A] in [-1, 1] -> [H, A] in the robot's units."""

@@ -48,9 +48,11 @@ class ExpertsSpec(Data):
     router_bias: bool = True
     scoring: Literal["softmax", "sigmoid"] = Field(
         default="softmax",
-        description="sigmoid is the DeepSeek-style research variant: bias selects only, kept scores are normalised",
+        description="sigmoid is the DeepSeek-style research variant: its bias selects only, the weights ignore it",
     )
-    renormalize: bool = Field(default=True, description="weights of the kept k sum to 1 (softmax over the kept logits)")
+    renormalize: bool = Field(
+        default=True, description="weights of the kept k sum to 1 (with softmax: that over the kept logits)"
+    )
     shared: int = Field(default=0, ge=0, description="experts that every token visits")
     shared_width: int = Field(default=0, ge=0, description="intermediate size of a shared expert; 0 = the MLP's")
     shared_gate: bool = False
@@ -213,9 +215,15 @@ class HeadSpec(Data):
 class SamplerSpec(Data):
     """DDIM, eta 0, epsilon prediction, leading timesteps, clipped x0, squared-cosine schedule."""
 
-    train_steps: int = 100
-    steps: int = 10
-    max_beta: float = 0.999
+    train_steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=10, ge=1)
+    max_beta: float = Field(default=0.999, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplerSpec":
+        if self.steps > self.train_steps:
+            raise ValueError(f"{self.steps} inference steps do not fit into {self.train_steps} training steps")
+        return self
 
 
 class TokenSpec(Data):

@@ -82,4 +82,4 @@ def step(x: Tensor, epsilon: Tensor, at: Step, committed: Committed | None = Non
         return free
     prefix, mask = committed.prefix.float(), committed.mask.float()[:, None]
     held = at.next_signal * prefix + at.next_noise * (x - at.signal * prefix) / at.noise
-    return free + mask * (held - free)
+    return (1 - mask) * free + mask * held  # exact at both ends, unlike free + mask * (held - free)

@@ -55,7 +55,7 @@ class Router(nn.Module):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
             ids = (scores if bias is None else scores + bias).topk(self.top_k, dim=-1).indices
             kept = scores.gather(-1, ids)
-            return kept / kept.sum(-1, keepdim=True), ids
+            return kept / kept.sum(-1, keepdim=True) if self.renormalize else kept, ids
         logits = F.linear(x.float(), self.weight.float(), bias)
         kept, ids = logits.topk(self.top_k, dim=-1)
         if self.renormalize:

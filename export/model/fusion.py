@@ -40,11 +40,6 @@ class Projector(nn.Sequential):
     def __init__(self, hidden: int) -> None:
         super().__init__(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
-
 
 class FiLM(nn.Module):
     """x * (1 + scale(condition)) + shift(condition)."""
@@ -71,7 +66,7 @@ class Fusion(nn.Module):
 
     def forward(self, prompt: Tensor, reasoning: Tensor) -> tuple[Tensor, Tensor]:
         """Means [D] -> observation vector [D], reasoning vector [D]."""
-        dtype = self.input_projector.dtype
+        dtype = next(self.parameters()).dtype
         prompt, reasoning = prompt.to(dtype), reasoning.to(dtype)
         observed = self.input_projector(prompt)
         reasoned = self.reasoning_projector(reasoning)

@@ -57,13 +57,25 @@ class CenterCrop(Data):
 
 
 class Rotate180(Data):
-    """For a camera mounted upside down (the Franka rig's wrist camera)."""
+    """For a camera mounted upside down (the Franka rig's wrist camera).
+
+    centre   about the frame's centre: both axes flipped
+    pixel    about pixel (height // 2, width // 2), as the public Franka script calls OpenCV: along an even side the
+             picture lands one pixel further, and the first row or column is black
+    """
 
     step: Literal["rotate_180"] = "rotate_180"
+    about: Literal["centre", "pixel"] = "centre"
 
     def apply(self, frame: Frame) -> Frame:
         """Turn by half a circle."""
-        return np.ascontiguousarray(frame[::-1, ::-1])
+        turned = np.ascontiguousarray(frame[::-1, ::-1])
+        if self.about == "centre":
+            return turned
+        down, right = (1 - size % 2 for size in frame.shape[:2])
+        shifted = np.zeros_like(turned)
+        shifted[down:, right:] = turned[: frame.shape[0] - down, : frame.shape[1] - right]
+        return shifted
 
 
 class Resize(Data):
@@ -99,7 +111,7 @@ class Preprocessing(RootModel[tuple[Step, ...]]):
 
     def __call__(self, frame: Frame) -> Frame:
         """Apply all steps to a [height, width, 3] uint8 RGB frame."""
-        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
             raise ValueError(f"expected an RGB frame [height, width, 3] uint8, found {frame.dtype} {list(frame.shape)}")
         for step in self.root:
             frame = step.apply(frame)
@@ -126,7 +138,12 @@ PRESETS: dict[str, Preprocessing] = {
     ),
     # The public Franka evaluation: OpenCV's resize, no crop.
     "franka": Preprocessing.of(Resize(height=240, width=320, filter="bilinear_cv2"), QWEN2_VL),
-    "franka-wrist": Preprocessing.of(Rotate180(), Resize(height=240, width=320, filter="bilinear_cv2"), QWEN2_VL),
+    "franka-wrist": Preprocessing.of(
+        Resize(height=270, width=480, filter="bilinear_cv2"),
+        Rotate180(about="pixel"),
+        Resize(height=240, width=320, filter="bilinear_cv2"),
+        QWEN2_VL,
+    ),
 }
 
 
@@ -156,27 +173,28 @@ def patches(frame: Frame, vision: VisionSpec | None = None) -> tuple[NDArray[np.
 
 
 def _bilinear_cv2(frame: Frame, height: int, width: int) -> Frame:
-    """OpenCV's INTER_LINEAR on uint8, to the last grey level: 11-bit weights, products shifted as its code does."""
-    tall = _taps(frame.shape[0], height)
-    wide = _taps(frame.shape[1], width)
+    """OpenCV's INTER_LINEAR on uint8, to the last grey level: 11-bit weights, products shifted as its code does.
+
+    Beyond the border both taps read the border pixel. Along a row their weights have become (1, 0) by then; down a
+    column they keep their fractions, and since each product is shifted by itself, that can cost one grey level.
+    """
+    above, below, top, bottom = _taps(frame.shape[0], height)
+    left, right, near, far = _taps(frame.shape[1], width)
+    outside = left == right
+    near, far = np.where(outside, 2048, near), np.where(outside, 0, far)
     source = frame.astype(np.int32)
-    across = source[:, wide[0]] * wide[2][:, None] + source[:, wide[1]] * wide[3][:, None]
-    upper = (across[tall[0]] >> 4) * tall[2][:, None, None] >> 16
-    lower = (across[tall[1]] >> 4) * tall[3][:, None, None] >> 16
+    across = source[:, left] * near[:, None] + source[:, right] * far[:, None]
+    upper = (across[above] >> 4) * top[:, None, None] >> 16
+    lower = (across[below] >> 4) * bottom[:, None, None] >> 16
     out: Frame = np.clip((upper + lower + 2) >> 2, 0, 255).astype(np.uint8)
     return out
 
 
 def _taps(size: int, wanted: int) -> Sequence[NDArray[np.int32]]:
-    """Indices of both taps and their weights in 1/2048."""
+    """Indices of both taps, held inside the frame, and their weights in 1/2048."""
     centre = ((np.arange(wanted) + 0.5) * (size / wanted) - 0.5).astype(np.float32)
     first = np.floor(centre).astype(np.int32)
     fraction = (centre - first).astype(np.float32)
-    fraction[first < 0] = 0
-    first = np.maximum(first, 0)
-    fraction[first >= size - 1] = 0
-    first = np.minimum(first, size - 1)
-    second = np.minimum(first + 1, size - 1)
     near = np.rint((1 - fraction) * np.float32(2048)).astype(np.int32)
     far = np.rint(fraction * np.float32(2048)).astype(np.int32)
-    return first, second, near, far
+    return np.clip(first, 0, size - 1), np.clip(first + 1, 0, size - 1), near, far

@@ -113,7 +113,7 @@ class ReferencePolicy:
     ) -> Answer:
         """Answer one query. `noise` [H, A] is the initial sample of the diffusion head: inject it to compare runs.
 
-        Raises ValueError when the number of images, the state or the noise do not fit the checkpoint.
+        Raises ValueError when the images, the state, the noise or the committed actions do not fit the checkpoint.
         """
         head, model = self.head_spec, self.model
         if len(observation.images) != len(self.preprocessing):
@@ -122,6 +122,13 @@ class ReferencePolicy:
             )
         if tuple(noise.shape) != (head.horizon, head.action_dim):
             raise ValueError(f"the noise has shape {list(noise.shape)}, expected [{head.horizon}, {head.action_dim}]")
+        if committed is not None:
+            found = list(committed.prefix.shape), list(committed.mask.shape)
+            if found != ([head.horizon, head.action_dim], [head.horizon]):
+                raise ValueError(
+                    f"the committed prefix and mask have shapes {found[0]} and {found[1]}, "
+                    f"expected [{head.horizon}, {head.action_dim}] and [{head.horizon}]"
+                )
         state = torch.from_numpy(self.normalization.state(observation.state))
         with count_routing(model) as routing:
             grids, image_tokens = self._see(observation.images)

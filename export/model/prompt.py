@@ -35,6 +35,9 @@ class Prompt:
                     f"the tokenizer gives {text} the id {found}, the checkpoint's configuration expects {expected}: "
                     "this tokenizer belongs to another checkpoint"
                 )
+        # A tokenizer.json keeps whatever truncation and padding its last user had set; here the ids are the text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.merge = merge
