@@ -21,17 +21,18 @@ programming language memory models?", MSPC 2012), one per cell:
     W4 guard = 2n            release            R3 fence                  acquire
     W5 latest = n            release            R4 guard == 2n ?          relaxed
 
-1. R1 reads 2n from W4, so everything of publication n happens before R2: the payload is n's or newer.
+1. R1 reads 2n from W4, so everything of publication n happens before R2: the payload is n's or newer. (R0 reading n
+   from W5 says the same; either pair would do, and both cost one instruction.)
 2. Should a word read in R2 be newer, written in W3 of publication m > n, then fence W2 synchronises with fence R3
-   through that word, W1 of m happens before R4, and R4 reads 2m - 1 or later: rejected. Guards only grow (a restarted
-   writer included, see `c_recover`), so 2n cannot come back.
-3. W5 after W4: whoever reads ``latest == n`` finds guard >= 2n.
+   through that word, W1 of m happens before R4, and R4 reads 2m - 1 or later: rejected. Even guards only grow (a
+   restarted writer included, see `c_recover`), so 2n cannot come back.
+3. W5 after W4, R1 after R0: whoever reads ``latest == n`` finds guard >= 2n, so a value that stands is had at once.
 
-Each order is needed on Arm: without W2 the payload may become visible before the odd guard; without R3 a payload word
+On Arm each of these counts: without W2 the payload may become visible before the odd guard; without R3 a payload word
 may be loaded after the second look at the guard (an acquire load in R4 would not do: it orders what follows it). x86-64
 keeps stores in order and loads in order, so there the fences cost nothing (they bind the compiler only), and **no test
 on x86 can show that one is missing**. The protocol is therefore also checked exhaustively on a model of C11's
-release/acquire views (tests/runtime/test_memory_model.py), where leaving out any one order is seen to tear.
+release/acquire views (tests/runtime/test_memory_model.py), where each missing order is seen to do its harm.
 Payload words are relaxed atomics, frames included: no data race in C11's sense is left to reason about.
 
 **Why a killed writer costs nothing.** Killed between W1 and W4 it leaves an odd guard in a cell that is not the latest;
@@ -117,8 +118,8 @@ cdef inline uint64_t c_publish(
 cdef inline void c_recover(const Cells *cells) noexcept nogil:
     """What a new writer does first: complete what a killed one left between W4 and W5.
 
-    Its payload is whole, and were the number used again the same even guard would stand for two values. A cell left
-    odd needs nothing: its number was never seen, is taken again, and odd guards match no reader.
+    Its payload is whole, so the value need not be lost; and were the number used again, one even guard would stand for
+    two values. A cell left odd needs nothing: its number was never seen, is taken again, and no reader accepts odd.
     """
     cdef uint64_t number = load_relaxed(cells.latest) + 1
     if load_acquire(cells.first + (number % cells.count) * cells.stride) == 2 * number:
