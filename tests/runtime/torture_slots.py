@@ -159,7 +159,10 @@ def torture(kind: str, nbytes: int, rounds: int, draw: random.Random) -> dict[st
             halved += odd_guards(segment.fd, cells, nbytes)
             # The writer is dead: the newest value must be there, whole, at the first attempt, and newer than before.
             after = segment.sequence
-            whole = segment.read_into(record) is not None if kind == "slot" else segment.last(record) == 1
+            try:
+                whole = segment.read_into(record) is not None if kind == "slot" else segment.last(record) == 1
+            except SlotBusyError:
+                whole = False
             lost += int(not whole or after <= before or (record != after).any())
     finally:
         tally = watch.stop()
