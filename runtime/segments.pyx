@@ -26,6 +26,9 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MAP_SHARED
     const int MAP_POPULATE
 
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
 cdef extern from "atomics.h" nogil:
     uint64_t load_relaxed(const uint64_t *word)
     void store_relaxed(uint64_t *word, uint64_t value)
@@ -67,9 +70,10 @@ cdef class Segment:
     def __dealloc__(self):
         if self.words is not NULL:
             munmap(self.words, self.mapped_bytes)
-        for fd in (self.fd, self.lock_fd):
-            if fd >= 0:
-                os.close(fd)
+        if self.fd >= 0:
+            close(self.fd)
+        if self.lock_fd >= 0:
+            close(self.lock_fd)
 
     def fileno(self) -> int:
         """The descriptor, for ``pass_fds``."""

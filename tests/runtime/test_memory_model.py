@@ -100,26 +100,34 @@ class Reader:
 
 
 def outcomes(memory: Memory, orders: dict[str, str]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Every way one attempt of `c_read_latest` can end: the number it wanted, how it went, the words it got."""
-    for number, reader in Reader(memory).load("latest", orders["R0"]):
-        cell = number % CELLS
-        if number == 0:
-            yield number, "empty", ()
+    """Every way one attempt of `c_read_cell` can end: the number it wanted, how it went, the words it got.
+
+    For a slot that is the latest number, for a ring any that its cells may still hold.
+    """
+    for latest, reader in Reader(memory).load("latest", orders["R0"]):
+        if latest == 0:
+            yield latest, "empty", ()
+        for number in range(max(1, latest - CELLS + 1), latest + 1):
+            yield from attempt(reader, number, orders)
+
+
+def attempt(reader: Reader, number: int, orders: dict[str, str]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Every way in which `reader`, having loaded `latest`, can fare with publication `number`."""
+    cell = number % CELLS
+    for guard, entered in reader.load(f"guard{cell}", orders["R1"]):
+        if guard != 2 * number:
+            yield number, "late" if guard > 2 * number else "too early", ()
             continue
-        for guard, entered in reader.load(f"guard{cell}", orders["R1"]):
-            if guard != 2 * number:
-                yield number, "late" if guard > 2 * number else "too early", ()
-                continue
-            copies = [((), entered)]
-            for word in range(WORDS):
-                copies = [
-                    ((*words, value), after)
-                    for words, before in copies
-                    for value, after in before.load(f"word{cell}{word}", orders["R2"])
-                ]
-            for words, copied in copies:
-                for again, _ in copied.fence(orders["R3"]).load(f"guard{cell}", orders["R4"]):
-                    yield number, "read" if again == 2 * number else "changed", words
+        copies = [((), entered)]
+        for word in range(WORDS):
+            copies = [
+                ((*words, value), after)
+                for words, before in copies
+                for value, after in before.load(f"word{cell}{word}", orders["R2"])
+            ]
+        for words, copied in copies:
+            for again, _ in copied.fence(orders["R3"]).load(f"guard{cell}", orders["R4"]):
+                yield number, "read" if again == 2 * number else "changed", words
 
 
 def wrong(memory: Memory, orders: dict[str, str]) -> set[str]:

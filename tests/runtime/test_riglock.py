@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 
 import pytest
@@ -62,13 +63,15 @@ def test_a_killed_daemon_whose_arm_process_lives_still_holds_the_rig(rig):
             RigClaim(rig)
     finally:
         os.kill(int(arm), signal.SIGKILL)
-    for _ in range(1000):  # the orphan is reaped by init, so there is nothing to wait for but the name
+    # The orphan is nobody's to wait for, so wait for the name.
+    deadline = time.monotonic() + 10
+    while True:
         try:
             RigClaim(rig).close()
             return
         except RigClaimedError:
-            os.sched_yield()
-    RigClaim(rig).close()
+            assert time.monotonic() < deadline, "the rig is still held 10 s after its last process was killed"
+            time.sleep(0.01)
 
 
 def test_a_claim_that_was_given_up_is_free_and_rigs_do_not_exclude_each_other(rig):

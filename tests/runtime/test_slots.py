@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatvla_edge.runtime import segments
@@ -82,6 +82,7 @@ def test_records_of_any_size_and_alignment_keep_every_byte(nbytes, shift):
     assert not target[shift + nbytes :].any()
 
 
+@settings(deadline=None)  # a shared machine stalls for longer than any example takes
 @given(st.lists(st.booleans(), max_size=60), st.integers(2, 5))
 def test_a_reader_always_sees_the_newest_value(steps, cells):
     reader, writer = pair(8, cells)
@@ -257,6 +258,7 @@ def test_nothing_is_leaked():
 # ------------------------------------------------------------------------------------------------------------- rings
 
 
+@settings(deadline=None)  # a shared machine stalls for longer than any example takes
 @given(
     st.integers(2, 9),
     st.lists(st.one_of(st.tuples(st.sampled_from(["write", "read", "last"]), st.integers(0, 12))), max_size=40),
