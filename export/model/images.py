@@ -175,13 +175,11 @@ def patches(frame: Frame, vision: VisionSpec | None = None) -> tuple[NDArray[np.
 def _bilinear_cv2(frame: Frame, height: int, width: int) -> Frame:
     """OpenCV's INTER_LINEAR on uint8, to the last grey level: 11-bit weights, products shifted as its code does.
 
-    Beyond the border both taps read the border pixel. Along a row their weights have become (1, 0) by then; down a
-    column they keep their fractions, and since each product is shifted by itself, that can cost one grey level.
+    Beyond the border both taps read the border pixel and keep their fractional weights: down a column each product is
+    shifted by itself, so this can be one grey level less than one tap of full weight.
     """
     above, below, top, bottom = _taps(frame.shape[0], height)
     left, right, near, far = _taps(frame.shape[1], width)
-    outside = left == right
-    near, far = np.where(outside, 2048, near), np.where(outside, 0, far)
     source = frame.astype(np.int32)
     across = source[:, left] * near[:, None] + source[:, right] * far[:, None]
     upper = (across[above] >> 4) * top[:, None, None] >> 16
