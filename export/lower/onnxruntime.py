@@ -45,6 +45,7 @@ def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
     """Rewrite a neutral stage graph for ONNX Runtime on the CPU."""
     out = Graph(
         graph.name,
+        scope="ort/",
         inputs=list(graph.inputs),
         outputs=list(graph.outputs),
         output_values=list(graph.output_values),

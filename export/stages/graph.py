@@ -59,6 +59,7 @@ class Graph:
     """One stage. Nodes are appended in topological order; values are strings."""
 
     name: str
+    scope: str = ""  # in front of the names of new nodes: a lowering keeps old nodes beside its own
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class Graph:
 
     def op_many(self, kind: str, *inputs: str, outputs: int, domain: str = "", **attributes: object) -> list[str]:
         """Append a node and return its outputs."""
-        base = f"{kind}_{len(self.nodes)}"
+        base = f"{self.scope}{kind}_{len(self.nodes)}"
         names = [base if outputs == 1 else f"{base}.{index}" for index in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=base, domain=domain, **attributes))
         if domain:

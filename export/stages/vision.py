@@ -92,7 +92,8 @@ def _rotary(spec: PolicySpec, grid: tuple[int, int]) -> tuple[Array, Array]:
 
     def grouped(values: Array) -> Array:
         cut = values.reshape(grid[0] // merge, merge, grid[1] // merge, merge)
-        return cut.transpose(0, 2, 1, 3).reshape(-1)
+        flat: Array = cut.transpose(0, 2, 1, 3).reshape(-1)
+        return flat
 
     quarter = size // 2
     steps = np.arange(0, quarter, 2, dtype=np.float32) / np.float32(quarter)
