@@ -100,12 +100,12 @@ class LanguageModel:
         length: int,
         first_row: int,
         sum_stop: int = 0,
-        image_tokens: Float | None = None,
-        image_rows: Int | None = None,
+        images: tuple[Float, Int] | None = None,
     ) -> Mapping[str, Array]:
         """Run T rows behind `length` cached ones; an odd T is padded. Outputs are views, valid until the next run.
 
-        ids [T], positions [3, T]; outputs start at row `first_row` rounded down to even: see `rows_from`.
+        ids [T], positions [3, T]; images: image tokens [I, D] and the rows [I] they stand in; outputs start at row
+        `first_row` rounded down to even: see `rows_from`.
         """
         count = len(ids)
         padded = count + count % 2
@@ -121,11 +121,12 @@ class LanguageModel:
         for name, value in (("length", length), ("first_row", rows_from(first_row)), ("sum_stop", sum_stop)):
             self._scalars[name][0] = value
         given = padded - rows_from(first_row)
+        image_tokens, image_rows = images or (self._no_image, self._no_rows)
         inputs: dict[str, Array] = {
             "token_ids": row_ids,
             "positions": row_positions,
-            "image_tokens": self._no_image if image_tokens is None else image_tokens,
-            "image_rows": self._no_rows if image_rows is None else image_rows,
+            "image_tokens": image_tokens,
+            "image_rows": image_rows,
             **self._scalars,
             **{f"past_{name}": array for name, array in self._cache.items()},
         }
@@ -197,14 +198,14 @@ def reason(
             ids = np.concatenate([prompt.ids, np.asarray(tail, np.int64)])
             places = np.concatenate([prompt.positions, _line(following, len(tail))], axis=1)
             base, length = rows - 1, 0
-            images = {"image_tokens": image_tokens, "image_rows": prompt.image_rows}
+            seen: tuple[Float, Int] | None = (image_tokens, prompt.image_rows)
         else:
             ids = np.asarray([text.tokens[-1], *tail], np.int64)
             places = _line(following + known - 1, 1 + len(tail))
             base, length = 0, rows + known - 1
-            images = {}
+            seen = None
         outputs = model.forward(
-            ids, places, length=length, first_row=base, sum_stop=rows if known == 0 else 0, **images
+            ids, places, length=length, first_row=base, sum_stop=rows if known == 0 else 0, images=seen
         )
         passes += 1
         skipped = base - rows_from(base)
