@@ -3,6 +3,9 @@
 Import from here; how it is divided inside is nobody's business.
 """
 
+from .describing import describe, lines
+from .errors import BundleError
+from .fit import Machine, RigNeeds
 from .geometry import Experts, Fusion, Geometry, Head, Language, Reasoning, Vision
 from .manifest import (
     CalibrationSet,
@@ -20,6 +23,7 @@ from .manifest import (
     Tokens,
 )
 from .preprocessing import CenterCrop, Jpeg, Resize, Rotate180, Step, size_after
+from .reading import Bundle, Progress, open_bundle
 from .semantics import (
     Arm,
     Gripper,
@@ -33,6 +37,7 @@ from .semantics import (
     components,
 )
 from .stages import (
+    TARGETS,
     EmbeddingTable,
     Engine,
     Extent,
@@ -44,9 +49,16 @@ from .stages import (
     Tensor,
     VisionStage,
 )
+from .values import MANIFEST
+from .writing import BundleWriter, Sink
 
 __all__ = [
+    "MANIFEST",
+    "TARGETS",
     "Arm",
+    "Bundle",
+    "BundleError",
+    "BundleWriter",
     "CalibrationSet",
     "Camera",
     "CenterCrop",
@@ -67,17 +79,21 @@ __all__ = [
     "KvCache",
     "Language",
     "LanguageStage",
+    "Machine",
     "Manifest",
     "Normalization",
     "Pixels",
+    "Progress",
     "Prompt",
     "Provenance",
     "Reasoning",
     "Resize",
+    "RigNeeds",
     "Rotate180",
     "Sampler",
     "SamplerStep",
     "Semantics",
+    "Sink",
     "Stage",
     "Stages",
     "Step",
@@ -91,5 +107,8 @@ __all__ = [
     "Vision",
     "VisionStage",
     "components",
+    "describe",
+    "lines",
+    "open_bundle",
     "size_after",
 ]

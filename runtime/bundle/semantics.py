@@ -53,11 +53,16 @@ Frame = Literal["arm_base", "world"]
 """What a pose is measured in: the base of its own arm, or the one frame that the rig file defines for all arms."""
 
 
+# Bounded, so that no arithmetic on them can overflow; ten metres is beyond every tool.
+Metres = Annotated[float, Field(ge=-10, le=10)]
+Unit = Annotated[float, Field(ge=-1, le=1)]
+
+
 class Transform(Data):
     """A rigid transform: translation in metres, then the rotation as a unit quaternion, real part first."""
 
-    translation: tuple[float, float, float]
-    quaternion_wxyz: tuple[float, float, float, float]
+    translation: tuple[Metres, Metres, Metres]
+    quaternion_wxyz: tuple[Unit, Unit, Unit, Unit]
 
     @model_validator(mode="after")
     def _consistent(self) -> "Transform":
