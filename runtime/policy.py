@@ -7,19 +7,21 @@ that grows with the model.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatvla_edge.runtime.bundle import Manifest
+from chatvla_edge.runtime.bundle import Contents
 from chatvla_edge.runtime.engines import Engine
 from chatvla_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine, Threads
 from chatvla_edge.runtime.preprocessing import Pipeline
 from chatvla_edge.runtime.prompt import PromptBuilder
-from chatvla_edge.runtime.reasoning import LanguageModel, LanguageSizes, reason
+from chatvla_edge.runtime.reasoning import LanguageModel, LanguageSizes, follow, reason
 
 Float = NDArray[np.float32]
+Int = NDArray[np.int64]
 Frame = NDArray[np.uint8]
 
 
@@ -69,7 +71,7 @@ class Seconds:
 class Policy:
     """A loaded bundle. Not thread-safe: one query at a time."""
 
-    def __init__(self, root: Path, manifest: Manifest, threads: Threads) -> None:
+    def __init__(self, root: Path, manifest: Contents, threads: Threads) -> None:
         geometry, stages = manifest.geometry, manifest.stages
         self.manifest = manifest
         self._seconds = Seconds()
@@ -101,6 +103,31 @@ class Policy:
         """The initial sample of a query, [H, A] standard normal, from a seed."""
         head = self.manifest.geometry.head
         return np.random.default_rng(seed).standard_normal((head.horizon, head.action_dim), np.float32)
+
+    # The stages one by one, for gates and benchmarks; each is a view or a copy of what `query` computes.
+
+    def see(self, frames: Sequence[Frame]) -> Float:
+        """Image tokens of the frames, [I, D]."""
+        return self._see(frames, Seconds()).copy()
+
+    def follow(self, instruction: str, image_tokens: Float, token_ids: NDArray[np.int64]) -> tuple[Float, Int, Int]:
+        """What the model says along a given text of N tokens.
+
+        Returns hidden [P+N-1, D] of prompt and text rows, tokens [N] that it says should come (the first after the
+        prompt), and routing [layers, P+N-1, k].
+        """
+        prompt = self._prompt.rows(instruction)
+        return follow(self._language, prompt, image_tokens, token_ids)
+
+    def modulations(self, prompt_mean: Float, reasoning_mean: Float, state: Float) -> Float:
+        """[steps, M] from the two means and a state in the robot's units."""
+        self._head.condition(prompt_mean, reasoning_mean, self._head.state(state))
+        return self._head.modulations.copy()
+
+    def denoise(self, modulations: Float, noise: Float) -> Float:
+        """[H, A] normalised from given modulations."""
+        np.copyto(self._head.modulations, modulations)
+        return self._head.sample(self._head.noise(noise), None)
 
     def query(
         self,
@@ -155,7 +182,7 @@ class Policy:
 class _Eyes:
     """Frames -> image tokens in the prompt's order; cameras of one grid run as one batch."""
 
-    def __init__(self, manifest: Manifest, engines: Mapping[tuple[int, int], Engine]) -> None:
+    def __init__(self, manifest: Contents, engines: Mapping[tuple[int, int], Engine]) -> None:
         vision, hidden = manifest.geometry.vision, manifest.geometry.language.hidden
         self.cameras = manifest.cameras
         self.engines = engines
@@ -174,7 +201,7 @@ class _Eyes:
         counts = [camera.grid[0] * camera.grid[1] // vision.merge**2 for camera in self.cameras]
         starts = np.concatenate([[0], np.cumsum(counts)])
         self.tokens = np.zeros((int(starts[-1]), hidden), np.float32)
-        self.slices = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.slices = [slice(int(a), int(b)) for a, b in pairwise(starts)]
         self.batches = {}
         for grid in engines:
             members = [index for index, camera in enumerate(self.cameras) if camera.grid == grid]
@@ -201,7 +228,7 @@ class _Eyes:
 class _Head:
     """Means and state -> chunk."""
 
-    def __init__(self, manifest: Manifest, condition: Engine, denoise: Engine) -> None:
+    def __init__(self, manifest: Contents, condition: Engine, denoise: Engine) -> None:
         head, self.steps = manifest.geometry.head, manifest.sampler.steps
         self.spec = head
         self.engines = (condition, denoise)
@@ -253,9 +280,11 @@ class _Head:
                 "mask": mask,
             }
             self.engines[1].run(inputs, {"x_next": self.x[(index + 1) % 2]})
-        return self.x[len(self.steps) % 2].copy()
+        last: Float = self.x[len(self.steps) % 2]
+        return last.copy()
 
     def units(self, normalized: Float) -> Float:
         """[H, A] in [-1, 1] -> the robot's units."""
-        chunk: Float = (normalized + np.float32(1)) / np.float32(2) * (self.high - self.low) + self.low
+        span: Float = self.high - self.low
+        chunk: Float = (normalized + np.float32(1)) / np.float32(2) * span + self.low
         return chunk

@@ -1,4 +1,4 @@
-"""The prompt of a query as the language stage takes it: token ids, positions on three axes, the rows of image tokens."""
+"""The prompt of a query as the language stage takes it: token ids, positions on three axes, rows of image tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path

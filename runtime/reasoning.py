@@ -236,6 +236,18 @@ def reason(
     return Reasoning(text.tokens, prompt_mean, mean, text.routing, passes, accepted)
 
 
+def follow(model: LanguageModel, prompt: PromptRows, image_tokens: Float, token_ids: Int) -> tuple[Float, Int, Int]:
+    """Feed prompt and a given text in one pass: hidden [P+N-1, D], said tokens [N], routing [layers, P+N-1, k]."""
+    rows, fed = len(prompt.ids), token_ids[:-1]
+    ids = np.concatenate([prompt.ids, fed])
+    places = np.concatenate([prompt.positions, _line(prompt.following, len(fed))], axis=1)
+    outputs = model.forward(ids, places, length=0, first_row=0, images=(image_tokens, prompt.image_rows))
+    count = len(ids)
+    routing = [outputs[f"routing_{layer}"][:count] for layer in model.routed_layers]
+    stacked = np.stack(routing) if routing else np.zeros((0, count, 0), np.int64)
+    return outputs["hidden"][:count].copy(), outputs["token"][rows - 1 : count].copy(), stacked
+
+
 def _line(start: int, count: int) -> Int:
     """Positions of text: one index on all three axes."""
     return np.broadcast_to(np.arange(start, start + count, dtype=np.int64), (3, count))

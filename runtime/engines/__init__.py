@@ -27,7 +27,7 @@ class Buffers:
     def __init__(self) -> None:
         self._flat: dict[str, Array] = {}
 
-    def reserve(self, name: str, size: int, dtype: type[np.generic]) -> None:
+    def reserve(self, name: str, size: int, dtype: Any) -> None:
         """Set aside `size` elements."""
         self._flat[name] = np.zeros(size, dtype)
 
