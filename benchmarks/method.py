@@ -138,7 +138,7 @@ def measure(name: str, work: Work | Batch, *, seconds: float = 2.0, each_call: b
 
 
 def once(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of work that can be done only once (a load, a build) and the seconds it took: no interval, no noise."""
+    """The result of work that can be done only once (a load, a build) and its seconds: no interval, no noise."""
     before = time.perf_counter_ns()
     result = work()
     return result, (time.perf_counter_ns() - before) / 1e9

@@ -52,9 +52,10 @@ class Samples:
         return np.concatenate(list(self.rounds))
 
     def quantile(self, q: float) -> float | None:
-        """The q-quantile of all samples; None where fewer than 1 / (1 - q) were taken and it would be the maximum."""
+        """The q-quantile of all samples; None in the tail where fewer than 1 / (1 - q) samples do not carry it."""
         values = self.values
-        return float(np.quantile(values, q)) if values.size * (1 - q) >= 1 - 1e-9 or q == 1 else None
+        carried = q <= 0.5 or q == 1 or values.size * (1 - q) >= 1 - 1e-9
+        return float(np.quantile(values, q)) if carried else None
 
     def by_round(self, q: float = 0.5) -> NDArray[np.float64]:
         """The q-quantile of each round, `[rounds] float64`."""
