@@ -155,7 +155,7 @@ def _bars(canvas: _Canvas, unit: str, rows: list[Row], report: Report, colours: 
                 canvas.line(to_x(end), ROW / 2 - 4, to_x(end), ROW / 2 + 4, INK, 1.2)
         if goal := goals.get(row.name):
             canvas.line(to_x(goal.goal), 2, to_x(goal.goal), ROW - 2, _verdict(goal), 2, "4 3")
-        tail = f"   p99 {readable(row.p99, unit)}" if row.p99 is not None else ""
+        tail = f" · p99 {readable(row.p99, unit)}" if row.p99 is not None else ""
         against = row.versus.text if row.versus else ""
         canvas.text(RIGHT + 12, ROW / 2 + (-2 if against else 4), readable(row.p50, unit) + tail)
         canvas.text(RIGHT + 12, ROW / 2 + 11, against, size=10, colour=SOFT)

@@ -221,16 +221,16 @@ def _row(samples: Samples, keep_curve: bool, versus: Ratio | None) -> Row:
 
 
 def _distributions(rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("unit")
     for name in ("min", "p50", "p90", "p99", "max"):
         table.add_column(name, justify="right")
     bases = {row.versus.over for row in rows if row.versus}
     if bases:
-        table.add_column("ratio")
+        table.add_column("ratio", no_wrap=len(bases) == 1)
         if len(bases) == 1:
-            table.caption = f"ratio: time over that of '{escape(*bases)}', [95 % interval]"
+            table.caption = f"ratio: time over that of '{escape(next(iter(bases)))}', [95 % interval]"
             table.caption_justify = "left"
     for row in rows:
         factor, unit = scale(row.p50, row.unit)

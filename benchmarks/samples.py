@@ -38,7 +38,7 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.rounds or any(values.size == 0 for values in self.rounds):
             raise ValueError(f"{self.name}: found no sample in some round, expected one at least in each")
-        if not all(np.isfinite(values).all() for values in self.rounds):
+        if not np.isfinite(self.values).all():
             raise ValueError(f"{self.name}: found NaN or infinity among the samples")
 
     @classmethod
@@ -59,6 +59,8 @@ class Samples:
 
     def by_round(self, q: float = 0.5) -> NDArray[np.float64]:
         """The q-quantile of each round, `[rounds] float64`."""
+        if len({values.size for values in self.rounds}) == 1:  # thousands of rounds of one sample, for instance
+            return np.asarray(np.quantile(np.stack(list(self.rounds)), q, axis=1), np.float64)
         return np.array([np.quantile(values, q) for values in self.rounds])
 
 
