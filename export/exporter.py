@@ -6,8 +6,9 @@ target that cannot run what it would get says so then.
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from onnx import helper
@@ -27,7 +28,8 @@ from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
 from chatvla_edge.runtime.gates import evaluate, read_probe
-from chatvla_edge.runtime.policy import Policy, Threads
+from chatvla_edge.runtime.engines.onnxruntime import Threads
+from chatvla_edge.runtime.policy import Policy
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -57,12 +59,12 @@ class Settings:
     threads: int = 1
 
 
-class GateFailure(ValueError):
+class GateError(ValueError):
     """Gates failed, and the export was not told to go on."""
 
 
 def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progress: Progress) -> b.Bundle:
-    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateFailure after the probes."""
+    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes."""
     spec = checkpoint.spec
     if spec.head is None:
         raise ValueError(f"{checkpoint.path} has no action head: a robot could do nothing with it")
@@ -87,9 +89,7 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
     with b.BundleWriter(destination) as writer:
         for graph in lowered:
             total = graph.weight_bytes
-            graph.save(
-                writer.path(_file(graph)), lambda count, name=graph.name, total=total: progress(name, count, total)
-            )
+            graph.save(writer.path(_file(graph)), partial(_report, progress, graph.name, total))
         writer.add(TOKENIZER, _tokenizer(checkpoint).encode())
         contents = _contents(checkpoint, settings, lowered, capacity)
         probes: list[str] = []
@@ -120,11 +120,15 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
         return writer.commit(contents)
 
 
+def _report(progress: Progress, name: str, total: int, count: int) -> None:
+    progress(name, count, total)
+
+
 def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
         lines = "; ".join(f"{result.name}: {result.value} (limit {result.limit})" for result in failed)
-        raise GateFailure(
+        raise GateError(
             f"the engines do not compute what the checkpoint computes: {lines}. Nothing was written. Choose a higher "
             "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
         )
@@ -285,7 +289,7 @@ def _tensor(port: Port, capacity: int) -> b.Tensor:
     return b.Tensor.model_validate({"name": port.name, "dtype": dtype, "shape": shape})
 
 
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     first, second, third = map(float, values)
     return first, second, third
 
@@ -295,7 +299,7 @@ def _numbers(version: str) -> str:
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of every tensor: says which checkpoint without reading all of it."""
+    """SHA-256 over names, shapes, dtypes and 4096 values of every tensor: the checkpoint without reading all of it."""
     digest = hashlib.sha256()
     for name, entry in checkpoint.entries.items():
         digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())

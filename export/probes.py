@@ -148,7 +148,9 @@ def _modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[
         time = head.t_embedder(torch.tensor([at.timestep]))
         observed, reasoned = (time + condition for condition in conditions)
         parts = [
-            block.adaLN_modulation(reasoned if which and which.start <= index < which.stop else observed)
+            block.get_submodule("adaLN_modulation")(
+                reasoned if which and which.start <= index < which.stop else observed
+            )
             for index, block in enumerate(head.blocks)
         ]
         parts.append(head.final_layer.adaLN_modulation(reasoned if which and which.final else observed))
@@ -167,5 +169,5 @@ def probe_file(scene: Scene, references: Mapping[str, Arrays]) -> bytes:
     for kind, outputs in references.items():
         arrays |= {f"{kind}.{name}": value for name, value in outputs.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

@@ -75,8 +75,9 @@ def evaluate(policy: Policy, probes: Mapping[str, Mapping[str, Array]], precisio
 
     probes: file name -> arrays, as `numpy.load` gives them.
     """
-    results = []
-    for kind in ("lowering_parity", "quantization_error"):
+    results: list[GateResult] = []
+    kinds: tuple[Kind, ...] = ("lowering_parity", "quantization_error")
+    for kind in kinds:
         worst: dict[str, Measured] = {}
         for probe in probes.values():
             for measured in _measure(policy, probe, kind, LIMITS[precision]):

@@ -280,8 +280,7 @@ class _Head:
                 "mask": mask,
             }
             self.engines[1].run(inputs, {"x_next": self.x[(index + 1) % 2]})
-        last: Float = self.x[len(self.steps) % 2]
-        return last.copy()
+        return np.array(self.x[len(self.steps) % 2])
 
     def units(self, normalized: Float) -> Float:
         """[H, A] in [-1, 1] -> the robot's units."""
