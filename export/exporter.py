@@ -20,6 +20,7 @@ from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
 from chatvla_edge.export.probes import dequantized, probe_file, reference, scenes
+from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.stages.denoise import condition, denoise
 from chatvla_edge.export.stages.graph import Graph, Port
@@ -27,9 +28,7 @@ from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import evaluate, read_probe
-from chatvla_edge.runtime.engines.onnxruntime import Threads
-from chatvla_edge.runtime.policy import Policy
+from chatvla_edge.runtime.gates import judge, read_probe
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -39,8 +38,8 @@ INSTRUCTION_ROWS = 96  # room for the template and an instruction; texts of the 
 MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 
-Progress = Callable[[str, int, int], None]
-"""stage, bytes written just now, bytes in all."""
+Progress = Callable[[str, int], None]
+"""Stage, bytes of it written just now."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,17 @@ class GateError(ValueError):
     """Gates failed, and the export was not told to go on."""
 
 
-def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progress: Progress) -> b.Bundle:
-    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes."""
+@dataclass(frozen=True)
+class Plan:
+    """Lowered stages, laid out but not written."""
+
+    graphs: tuple[Graph, ...]
+    capacity: int
+    form: BlockFormat | None
+
+
+def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """Lay out and lower everything, in a blink. Raises ValueError for whatever the target cannot run."""
     spec = checkpoint.spec
     if spec.head is None:
         raise ValueError(f"{checkpoint.path} has no action head: a robot could do nothing with it")
@@ -74,7 +82,6 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
     cameras = settings.robot.cameras
     capacity = settings.capacity or _capacity(checkpoint, cameras, settings.max_reasoning)
     target = cpu.Target(settings.precision, capacity)
-    form = target.form
     parameters = Parameters(checkpoint.tensor)
     grids = sorted({camera.grid for camera in cameras})
     graphs = [
@@ -83,24 +90,29 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
         condition(spec, parameters),
         denoise(spec, parameters),
     ]
-    lowered = [cpu.lower(graph, spec, target) for graph in graphs]
+    return Plan(tuple(cpu.lower(graph, spec, target) for graph in graphs), capacity, target.form)
+
+
+def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progress: Progress) -> b.Bundle:
+    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes."""
+    planned, cameras, head = plan(checkpoint, settings), settings.robot.cameras, checkpoint.spec.head
+    assert head is not None
     model = checkpoint.model() if settings.gates else None
 
     with b.BundleWriter(destination) as writer:
-        for graph in lowered:
-            total = graph.weight_bytes
-            graph.save(writer.path(_file(graph)), partial(_report, progress, graph.name, total))
+        for graph in planned.graphs:
+            graph.save(writer.path(_file(graph)), partial(progress, graph.name))
         writer.add(TOKENIZER, _tokenizer(checkpoint).encode())
-        contents = _contents(checkpoint, settings, lowered, capacity)
+        contents = _contents(checkpoint, settings, planned)
         probes: list[str] = []
         if model is not None:
             prompt = checkpoint.prompt()
             preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
             normalization = checkpoint.normalization(settings.task)
-            held = dequantized(model, form)
+            held = dequantized(model, planned.form)
             arrays = {}
             sizes = [(camera.height, camera.width) for camera in cameras]
-            for index, scene in enumerate(scenes(settings.probes, sizes, normalization, spec.head.horizon)):
+            for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
                 common = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
                 data = probe_file(
                     scene,
@@ -112,16 +124,10 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
                 probes.append(f"probes/{index}.npz")
                 writer.add(probes[-1], data)
                 arrays[probes[-1]] = read_probe(data)
-                progress("probes", 1, settings.probes)
-            policy = Policy(writer.directory, contents, Threads(settings.threads))
-            results = evaluate(policy, arrays, settings.precision)
+            results = judge(writer.directory, contents, arrays, settings.threads)
             contents = _judged(contents, results, probes, settings)
         writer.add(PARITY, _json(contents.gates))
         return writer.commit(contents)
-
-
-def _report(progress: Progress, name: str, total: int, count: int) -> None:
-    progress(name, count, total)
 
 
 def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
@@ -161,12 +167,13 @@ def _json(value: BaseModel) -> bytes:
 # ------------------------------------------------------------------------------------------------------ the manifest
 
 
-def _contents(checkpoint: Checkpoint, settings: Settings, graphs: Sequence[Graph], capacity: int) -> b.Contents:
+def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Contents:
     spec, robot = checkpoint.spec, settings.robot
     head, tokens = spec.head, spec.tokens
     assert head is not None
     normalization = checkpoint.normalization(settings.task)
-    by_name = {graph.name: graph for graph in graphs}
+    capacity = planned.capacity
+    by_name = {graph.name: graph for graph in planned.graphs}
     visions = [(grid, by_name[f"vision_{grid[0]}x{grid[1]}"]) for grid in sorted({c.grid for c in robot.cameras})]
     dump = spec.model_dump()
     version = importlib.metadata.version

@@ -12,12 +12,14 @@ weights as trained: it means something on a trained checkpoint only, and is repo
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatvla_edge.runtime.bundle import GateResult
+from chatvla_edge.runtime.bundle import Contents, GateResult
+from chatvla_edge.runtime.engines.onnxruntime import Threads
 from chatvla_edge.runtime.policy import Policy
 
 Array = NDArray[Any]
@@ -70,17 +72,21 @@ class Measured:
     limit: float
 
 
-def evaluate(policy: Policy, probes: Mapping[str, Mapping[str, Array]], precision: str) -> list[GateResult]:
-    """Run all probes through all gates; one result per gate, the worst over the probes.
+def judge(
+    root: Path, contents: Contents, probes: Mapping[str, Mapping[str, Array]], threads: int = 1
+) -> list[GateResult]:
+    """Load the stages below `root` and run all probes through all gates; one result per gate, the worst of the probes.
 
-    probes: file name -> arrays, as `numpy.load` gives them.
+    probes: file name -> arrays, see `read_probe`. Limits are those of the language stage's precision.
     """
+    policy = Policy(root, contents, Threads(threads))
+    limits = LIMITS[contents.stages.language.precision]
     results: list[GateResult] = []
     kinds: tuple[Kind, ...] = ("lowering_parity", "quantization_error")
     for kind in kinds:
         worst: dict[str, Measured] = {}
         for probe in probes.values():
-            for measured in _measure(policy, probe, kind, LIMITS[precision]):
+            for measured in _measure(policy, probe, kind, limits):
                 before = worst.get(measured.name)
                 if before is None or not measured.value <= before.value:  # NaN is worse than anything
                     worst[measured.name] = measured

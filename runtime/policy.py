@@ -104,6 +104,10 @@ class Policy:
         head = self.manifest.geometry.head
         return np.random.default_rng(seed).standard_normal((head.horizon, head.action_dim), np.float32)
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a reasoning text, to be a draft."""
+        return self._prompt.tokens(text)
+
     # The stages one by one, for gates and benchmarks; each is a view or a copy of what `query` computes.
 
     def see(self, frames: Sequence[Frame]) -> Float:
