@@ -19,7 +19,7 @@ from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import dequantized, probe_file, reference, scenes
+from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
 from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.stages.denoise import condition, denoise
@@ -34,7 +34,8 @@ TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
     "{images}{instruction}<|im_end|>\n<|im_start|>assistant\n"
 )
-INSTRUCTION_ROWS = 96  # room for the template and an instruction; texts of the family take about 30 rows
+# Room for an instruction, in multiples of the family's usual one: 13 tokens in Qwen2's vocabulary.
+INSTRUCTION_LENGTHS = 4
 MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 
@@ -145,7 +146,8 @@ def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[
 def _capacity(checkpoint: Checkpoint, cameras: Sequence[b.Camera], max_reasoning: int) -> int:
     merge = checkpoint.spec.vision.merge
     images = sum(2 + camera.grid[0] * camera.grid[1] // merge**2 for camera in cameras)
-    rows = images + INSTRUCTION_ROWS + max_reasoning + 2  # one row of padding, and an even number
+    words = len(checkpoint.prompt().ids([], " ".join([INSTRUCTION] * INSTRUCTION_LENGTHS)))
+    rows = images + words + max_reasoning + 2  # one row of padding, and an even number
     return -(-rows // 16) * 16
 
 

@@ -191,16 +191,7 @@ class _Eyes:
         self.cameras = manifest.cameras
         self.engines = engines
         self.pipelines = [
-            Pipeline(
-                camera.preprocessing,
-                camera.height,
-                camera.width,
-                mean=manifest.pixels.mean,
-                std=manifest.pixels.std,
-                patch=vision.patch,
-                merge=vision.merge,
-            )
-            for camera in self.cameras
+            Pipeline(camera.preprocessing, height=camera.height, width=camera.width) for camera in self.cameras
         ]
         counts = [camera.grid[0] * camera.grid[1] // vision.merge**2 for camera in self.cameras]
         starts = np.concatenate([[0], np.cumsum(counts)])
