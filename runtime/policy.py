@@ -112,7 +112,7 @@ class Policy:
 
     def see(self, frames: Sequence[Frame]) -> Float:
         """Image tokens of the frames, [I, D]."""
-        return self._see(frames, Seconds()).copy()
+        return np.array(self._see(frames, Seconds()), np.float32)
 
     def follow(self, instruction: str, image_tokens: Float, token_ids: NDArray[np.int64]) -> tuple[Float, Int, Int]:
         """What the model says along a given text of N tokens.
@@ -126,7 +126,7 @@ class Policy:
     def modulations(self, prompt_mean: Float, reasoning_mean: Float, state: Float) -> Float:
         """[steps, M] from the two means and a state in the robot's units."""
         self._head.condition(prompt_mean, reasoning_mean, self._head.state(state))
-        return self._head.modulations.copy()
+        return np.array(self._head.modulations, np.float32)
 
     def denoise(self, modulations: Float, noise: Float) -> Float:
         """[H, A] normalised from given modulations."""
