@@ -35,14 +35,8 @@ def language(spec: PolicySpec, parameters: Parameters) -> Graph:
     length = graph.input("length", INT64, (1,))
     first_row = graph.input("first_row", INT64, (1,))
     sum_stop = graph.input("sum_stop", INT64, (1,))
-    cache = ("C",)
-    past = [
-        [
-            graph.input(f"past_{kind}_{i}", FLOAT, (1, model.kv_heads, *cache, model.head_dim))
-            for kind in ("key", "value")
-        ]
-        for i in range(model.layers)
-    ]
+    cache = (1, model.kv_heads, "C", model.head_dim)
+    past = [[graph.input(f"past_{kind}_{i}", FLOAT, cache) for kind in ("key", "value")] for i in range(model.layers)]
     graph.function(functions.mrope("MRopeQuery", model.heads, model))
     graph.function(functions.mrope("MRopeKey", model.kv_heads, model))
     graph.function(functions.cached_attention(model))
