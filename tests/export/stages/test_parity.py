@@ -3,7 +3,6 @@
 Nothing here knows a lowering: nodes of our own domain run through the bodies that the files carry.
 """
 
-
 import numpy as np
 import onnx
 import pytest
