@@ -7,7 +7,7 @@ row and drops the copy's result. `QMoE` is not used for the same reason: its row
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import onnx
@@ -125,25 +125,26 @@ class _Lowering:
     # -------------------------------------------------------------------------------------------- attention
 
     def _mrope(self, node: onnx.NodeProto) -> None:
+        """Rotary positions of one axis with tables of this pass: row i of them holds the three axes of row i.
+
+        `MRotaryEmbedding` does the same in one node, but ONNX Runtime 1.23 (the last for Python 3.10) lacks it.
+        """
         language = self.language
         heads = language.heads if node.op_type == "MRopeQuery" else language.kv_heads
-        batch = self.out.constant([0], np.int64)
-        x = self.out.op("Unsqueeze", node.input[0], batch)
-        positions = self._once("positions", lambda: self._unsqueeze(node.input[1], 1))
-        cos, sin = (self._table(kind) for kind in ("cos", "sin"))
-        self.out.op(
-            "MRotaryEmbedding",
-            x,
-            positions,
-            cos,
-            sin,
-            domain=MICROSOFT,
-            mrope_section=list(language.mrope_section),
-            mrope_layout=0,
-            num_heads=heads,
-        )
+        x = self._unsqueeze(node.input[0], 0)
+        cos, sin = (self._once(kind, partial(self._turns, kind, node.input[1])) for kind in ("cos", "sin"))
+        first = self.out.constant([0], np.int64)
+        self.out.op("RotaryEmbedding", x, first, cos, sin, domain=MICROSOFT, num_heads=heads)
         # Stays [1, T, heads * d]: only the attention reads it.
         self.out.nodes[-1].output[0] = node.output[0]
+
+    def _turns(self, kind: str, positions: str) -> str:
+        """[T, d / 2]: section s of the frequencies at the positions of axis s."""
+        op, sections = self.out.op, list(self.language.mrope_section)
+        rows = op("Gather", self._table(kind), positions, axis=0)
+        parts = self.out.op_many("Split", rows, self.out.constant(sections, np.int64), outputs=3, axis=2)
+        picked = [op("Gather", part, self.out.constant(axis, np.int64), axis=0) for axis, part in enumerate(parts)]
+        return op("Concat", *picked, axis=1)
 
     def _table(self, kind: str) -> str:
         """Rotary cosines or sines [capacity, d / 2]: a position never exceeds the row that holds it."""
