@@ -20,7 +20,8 @@ from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
 MICROSOFT = "com.microsoft"
 PRECISIONS: dict[str, BlockFormat | None] = {"fp32": None, "int8": INT8, "int4": INT4}
 
-# A linear map with fewer inputs than this stays fp32: it is no load, and its blocks would be mostly padding.
+# A linear map with fewer inputs or outputs than this stays fp32: it is no load. Few inputs would be blocks of padding;
+# few outputs are where an error weighs most (the gate of the shared experts, the actions themselves).
 SMALLEST = 64
 
 
@@ -85,7 +86,7 @@ class _Lowering:
 
     def _quantizes(self, node: onnx.NodeProto) -> bool:
         weight = self.graph.weights.get(node.input[1])
-        if self.target.form is None or weight is None or weight.shape[1] < SMALLEST:
+        if self.target.form is None or weight is None or min(weight.shape) < SMALLEST:
             return False
         # The router is never quantized: an expert chosen wrongly is wrong by everything.
         return ".router." not in weight.name
