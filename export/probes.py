@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chatvla_edge.export.lower.onnxruntime import SMALLEST
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.experts import Router
 from chatvla_edge.export.model.fusion import prompt_mean, reasoning_mean
@@ -21,14 +20,14 @@ from chatvla_edge.export.model.images import Preprocessing, patches
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
-from chatvla_edge.export.quantize import BlockFormat, dequantize, quantize
+from chatvla_edge.export.quantize import BlockFormat, dequantize, is_quantized, quantize
 
 Arrays = dict[str, NDArray[np.generic]]
 
 INSTRUCTION = "Answer the question and pick the card with the correct answer."
 
-# Weights that no linear map of an engine multiplies, or that a lowering keeps in fp32.
-_KEPT = re.compile(r".*(\.router\.|embed_tokens|pos_embed|head\.t_embedder|patch_embed|norm|ln_q).*")
+# Matrices that no engine multiplies with: rows are gathered from the one, the other is folded into a table.
+_NO_MAP = re.compile(r".*(embed_tokens|head\.t_embedder).*")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,14 @@ def dequantized(model: ChatVLA2, form: BlockFormat | None) -> ChatVLA2:
     tensors: dict[str, Tensor] = {}
     for name, value in model.named_parameters():
         tensors[name] = value.detach()
-        if value.dim() == 2 and value.shape[1] >= SMALLEST and not _KEPT.fullmatch(name):
+        if value.dim() == 2 and is_quantized(name, tuple(value.shape)) and not _NO_MAP.fullmatch(name):
             tensors[name] = _rounded(value, form)
     # The engine sums the two temporal halves of the patch convolution first and rounds the sum.
     name = "backbone.visual.patch_embed.proj.weight"
     folded = tensors[name].sum(dim=2)
-    half = _rounded(folded.flatten(1), form).view_as(folded) / 2
-    tensors[name] = torch.stack([half, half], dim=2)
+    if is_quantized(name, (folded.shape[0], folded[0].numel())):
+        half = _rounded(folded.flatten(1), form).view_as(folded) / 2
+        tensors[name] = torch.stack([half, half], dim=2)
     # The output matrix is rounded, the embedding rows it is tied to are not: two matrices from here on.
     if model.spec.language.tied:
         tensors["backbone.lm_head.weight"] = _rounded(model.backbone.language.embed_tokens.weight.detach(), form)

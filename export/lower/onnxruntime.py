@@ -7,21 +7,18 @@ row and drops the copy's result. `QMoE` is not used for the same reason: its row
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, quantize
+from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, is_quantized, quantize
 from chatvla_edge.export.spec import LanguageSpec, PolicySpec
 from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
 
 MICROSOFT = "com.microsoft"
 PRECISIONS: dict[str, BlockFormat | None] = {"fp32": None, "int8": INT8, "int4": INT4}
-
-# A linear map with fewer inputs than this stays fp32: it is no load, and its blocks would be mostly padding.
-SMALLEST = 64
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,11 @@ class _Lowering:
 
     def _quantizes(self, node: onnx.NodeProto) -> bool:
         weight = self.graph.weights.get(node.input[1])
-        if self.target.form is None or weight is None or weight.shape[1] < SMALLEST:
-            return False
-        # The router is never quantized: an expert chosen wrongly is wrong by everything.
-        return ".router." not in weight.name
+        return self.target.form is not None and weight is not None and is_quantized(weight.name, weight.shape)
 
     def _linear(self, node: onnx.NodeProto) -> None:
         weight = self.graph.weights[node.input[1]]
-        product = self._matmul(node.input[0], weight)
+        product = self._matmul(node.input[0], weight, self.target.form)
         bias = node.input[2] if len(node.input) > 2 else None
         if bias is None:
             self.out.op("Identity", product)
@@ -102,9 +96,9 @@ class _Lowering:
         self.out.op("Add", product, bias)
         self.out.nodes[-1].output[0] = node.output[0]
 
-    def _matmul(self, x: str, weight: Weight) -> str:
-        """x W^T with the weight in the target's precision; weight [N, K]."""
-        form, (rows, columns) = self.target.form, weight.shape
+    def _matmul(self, x: str, weight: Weight, form: BlockFormat | None) -> str:
+        """x W^T with the weight in a form, None for fp32; weight [N, K]."""
+        rows, columns = weight.shape
         if form is None:
             return self.out.op("Gemm", x, self.out.weight(weight), transB=1)
         codes, scales = _packed(weight, form)
@@ -125,25 +119,26 @@ class _Lowering:
     # -------------------------------------------------------------------------------------------- attention
 
     def _mrope(self, node: onnx.NodeProto) -> None:
+        """Rotary positions of one axis with tables of this pass: row i of them holds the three axes of row i.
+
+        `MRotaryEmbedding` does the same in one node, but ONNX Runtime 1.23 (the last for Python 3.10) lacks it.
+        """
         language = self.language
         heads = language.heads if node.op_type == "MRopeQuery" else language.kv_heads
-        batch = self.out.constant([0], np.int64)
-        x = self.out.op("Unsqueeze", node.input[0], batch)
-        positions = self._once("positions", lambda: self._unsqueeze(node.input[1], 1))
-        cos, sin = (self._table(kind) for kind in ("cos", "sin"))
-        self.out.op(
-            "MRotaryEmbedding",
-            x,
-            positions,
-            cos,
-            sin,
-            domain=MICROSOFT,
-            mrope_section=list(language.mrope_section),
-            mrope_layout=0,
-            num_heads=heads,
-        )
+        x = self._unsqueeze(node.input[0], 0)
+        cos, sin = (self._once(kind, partial(self._turns, kind, node.input[1])) for kind in ("cos", "sin"))
+        first = self.out.constant([0], np.int64)
+        self.out.op("RotaryEmbedding", x, first, cos, sin, domain=MICROSOFT, num_heads=heads)
         # Stays [1, T, heads * d]: only the attention reads it.
         self.out.nodes[-1].output[0] = node.output[0]
+
+    def _turns(self, kind: str, positions: str) -> str:
+        """[T, d / 2]: section s of the frequencies at the positions of axis s."""
+        op, sections = self.out.op, list(self.language.mrope_section)
+        rows = op("Gather", self._table(kind), positions, axis=0)
+        parts = self.out.op_many("Split", rows, self.out.constant(sections, np.int64), outputs=3, axis=2)
+        picked = [op("Gather", part, self.out.constant(axis, np.int64), axis=0) for axis, part in enumerate(parts)]
+        return op("Concat", *picked, axis=1)
 
     def _table(self, kind: str) -> str:
         """Rotary cosines or sines [capacity, d / 2]: a position never exceeds the row that holds it."""
@@ -208,6 +203,8 @@ class _Lowering:
     def _experts(self, node: onnx.NodeProto) -> None:
         x, logits, gate_up, down = node.input
         experts, width, op, const = self.language.experts, self.language.routed_width, self.out.op, self.out.constant
+        # One expert's three maps are quantized or none is: gate and up are one product here, two in the checkpoint.
+        form = self.target.form if is_quantized("", (width, self.language.hidden)) else None
         kept, ids = self.out.op_many("TopK", logits, const([experts.top_k], np.int64), outputs=2, axis=-1)
         if experts.renormalize:
             weights = op("Softmax", kept, axis=-1)
@@ -223,10 +220,10 @@ class _Lowering:
             # An odd batch repeats its first row; the slice behind drops what the copy gave.
             spare = op("Slice", rows, zero, op("Mod", count, const([2], np.int64)), zero)
             picked = op("Gather", x, op("Concat", rows, spare, axis=0), axis=0)
-            inner = self._matmul(picked, _expert(self.graph.weights[gate_up], index))
+            inner = self._matmul(picked, _expert(self.graph.weights[gate_up], index), form)
             gate, up = self.out.op_many("Split", inner, const([width, width], np.int64), outputs=2, axis=1)
             inner = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
-            out = op("Slice", self._matmul(inner, _expert(self.graph.weights[down], index)), zero, count, zero)
+            out = op("Slice", self._matmul(inner, _expert(self.graph.weights[down], index), form), zero, count, zero)
             total = op("ScatterND", total, op("Unsqueeze", rows, column), op("Mul", out, share), reduction="add")
         op("Identity", total)
         self.out.nodes[-1].output[0] = node.output[0]

@@ -50,7 +50,7 @@ def top_k_moe(language: LanguageSpec) -> onnx.FunctionProto:
     if experts.renormalize:
         body.op("Softmax", "kept", axis=-1, to="weights")
     else:
-        body.op("GatherElements", body.op("Softmax", "logits", axis=-1), "ids", axis=-1, to="weights")
+        body.op("GatherElements", body.op("Softmax", "logits", axis=-1), "ids", axis=1, to="weights")
     halves = body.const([width, width])
     total = body.op("Mul", "x", body.const(0.0, np.float32))
     for index in range(experts.routed):

@@ -36,9 +36,7 @@ def language(spec: PolicySpec, parameters: Parameters) -> Graph:
     first_row = graph.input("first_row", INT64, (1,))
     sum_stop = graph.input("sum_stop", INT64, (1,))
     cache = (1, model.kv_heads, "C", model.head_dim)
-    past = [
-        [graph.input(f"past_{kind}_{i}", FLOAT, cache) for kind in ("key", "value")] for i in range(model.layers)
-    ]
+    past = [[graph.input(f"past_{kind}_{i}", FLOAT, cache) for kind in ("key", "value")] for i in range(model.layers)]
     graph.function(functions.mrope("MRopeQuery", model.heads, model))
     graph.function(functions.mrope("MRopeKey", model.kv_heads, model))
     graph.function(functions.cached_attention(model))
