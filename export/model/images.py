@@ -17,6 +17,8 @@ from pydantic import Field, RootModel
 
 from chatvla_edge.export.spec import Data, VisionSpec
 
+_BICUBIC = Image.Resampling.BICUBIC
+
 Frame = NDArray[np.uint8]
 """[height, width, 3] RGB."""
 
@@ -94,8 +96,10 @@ class Resize(Data):
     def apply(self, frame: Frame) -> Frame:
         """[h, w, 3] -> [height, width, 3]."""
         if self.filter == "bicubic":
-            image = Image.fromarray(np.ascontiguousarray(frame))
-            return np.asarray(image.resize((self.width, self.height), Image.Resampling.BICUBIC))
+            # Across, then down, each rounded to bytes: what Pillow 12 and before do in one call, and what checkpoints
+            # were trained behind. Pillow 13 goes down first for some shapes, one grey level off.
+            across = Image.fromarray(np.ascontiguousarray(frame)).resize((self.width, frame.shape[0]), _BICUBIC)
+            return np.asarray(across.resize((self.width, self.height), _BICUBIC))
         if self.filter == "bilinear_cv2":
             return _bilinear_cv2(frame, self.height, self.width)
         planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float()[None]
