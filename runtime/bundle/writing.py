@@ -183,7 +183,10 @@ class BundleWriter:
                     if progress is not None:
                         progress(name, done, size)
 
-                found, size = digest(file, advance)
+                found, length = digest(file, size, advance)
+                if length != size:
+                    do = "Close every file of the bundle before it is committed."
+                    raise refusal(self.directory / name, found="a file that grows", expected="a finished one", do=do)
                 os.fsync(file)
                 files[name] = File(sha256=found, size=size)
             finally:
