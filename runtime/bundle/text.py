@@ -55,7 +55,7 @@ def decode(data: bytes, where: str) -> tuple[Manifest, str]:
         # Through the text, since strict validation takes JSON's arrays for tuples only there.
         manifest = Manifest.model_validate_json(canonical(table), strict=True)
     except ValidationError as error:
-        raise _explained(error, where) from None
+        raise explained(error, where, do=EDITED) from None
     expected = seal(table)
     if found != expected:
         raise refusal(
@@ -131,7 +131,7 @@ def _refuse_other_schema(table: dict[str, Any], where: str) -> None:
         )
 
 
-def _explained(error: ValidationError, where: str) -> BundleError:
+def explained(error: ValidationError, where: str, *, do: str) -> BundleError:
     """Return pydantic's findings as sentences, the first five of them."""
     findings = error.errors(include_url=False)
     if findings[0]["type"] == "json_invalid":  # all else that is no JSON was found before
@@ -145,7 +145,7 @@ def _explained(error: ValidationError, where: str) -> BundleError:
         sentences.append(f"{place}: {found}{message}" if place else message)
     if len(findings) > len(sentences):
         sentences.append(f"and {len(findings) - len(sentences)} more")
-    return BundleError(f"{where}: {'; '.join(sentences)}. {EDITED}")
+    return BundleError(f"{where}: {'; '.join(sentences)}. {do}".rstrip())
 
 
 def _short(value: object) -> str:

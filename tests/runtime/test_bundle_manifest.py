@@ -206,6 +206,7 @@ DISAGREEMENTS = [
     ("cameras.0.preprocessing.2.height", 55, "ends at 55 x 84"),
     ("cameras.0.height", 1, "the step center_crop leaves 0 x 608"),
     ("cameras.1.name", "right", "two cameras have one name"),
+    ("cameras", bundles.contents()["cameras"][:1], "the vision stage for the grid (4, 4) serves no camera"),
     ("stages.vision.1.grid", [4, 6], "two vision stages serve one grid"),
     ("stages.vision.1.grid", [6, 4], "no vision stage for its grid of 4 x 4"),
     ("stages.vision.1.file", "stages/vision_4x6.onnx", "two stages have one file"),
