@@ -1,12 +1,12 @@
 """From a camera frame to the patches of the vision tower, by the steps the checkpoint was trained behind.
 
-A preprocessing is an ordered list of steps, each a value: what a bundle's manifest will carry per camera. Filters and
-rounding are named exactly, because the published pipelines mix three libraries that disagree in the last grey level.
+A preprocessing is an ordered list of steps, each a value: what a bundle's manifest carries per camera. The values are
+the manifest's own; here each learns to do what it says, with the library that the published pipelines use for it.
 """
 
 import io
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, RootModel
 
-from chatvla_edge.export.spec import Data, VisionSpec
+from chatvla_edge.export.spec import VisionSpec
+from chatvla_edge.runtime import bundle
 
 Frame = NDArray[np.uint8]
 """[height, width, 3] RGB."""
@@ -25,12 +26,8 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-class Jpeg(Data):
-    """A JPEG round trip, 4:2:0. `swapped` feeds RGB to the codec as if it were BGR, as the ARX script does."""
-
-    step: Literal["jpeg"] = "jpeg"
-    quality: int = Field(ge=1, le=100)
-    swapped: bool = False
+class Jpeg(bundle.Jpeg):
+    """See the base: a JPEG round trip, by Pillow."""
 
     def apply(self, frame: Frame) -> Frame:
         """Encode and decode."""
@@ -42,30 +39,16 @@ class Jpeg(Data):
         return np.ascontiguousarray(np.asarray(Image.open(buffer))[..., order])
 
 
-class CenterCrop(Data):
-    """Keep the middle `ratio` of both axes: rows int(h (1-r)/2) to int(h (1+r)/2), likewise columns."""
-
-    step: Literal["center_crop"] = "center_crop"
-    ratio: float = Field(gt=0, le=1)
+class CenterCrop(bundle.CenterCrop):
+    """See the base: the middle of both axes."""
 
     def apply(self, frame: Frame) -> Frame:
         """A 480 x 640 frame at 0.95 keeps rows 12:468 and columns 16:624."""
-        (top, bottom), (left, right) = (
-            (int(size * (1 - self.ratio) / 2), int(size * (1 + self.ratio) / 2)) for size in frame.shape[:2]
-        )
-        return frame[top:bottom, left:right]
+        return frame[self.rows_and_columns(*frame.shape[:2])]
 
 
-class Rotate180(Data):
-    """For a camera mounted upside down (the Franka rig's wrist camera).
-
-    centre   about the frame's centre: both axes flipped
-    pixel    about pixel (height // 2, width // 2), as the public Franka script calls OpenCV: along an even side the
-             picture lands one pixel further, and the first row or column is black
-    """
-
-    step: Literal["rotate_180"] = "rotate_180"
-    about: Literal["centre", "pixel"] = "centre"
+class Rotate180(bundle.Rotate180):
+    """See the base: half a circle."""
 
     def apply(self, frame: Frame) -> Frame:
         """Turn by half a circle."""
@@ -78,18 +61,8 @@ class Rotate180(Data):
         return shifted
 
 
-class Resize(Data):
-    """Resize to exactly height x width.
-
-    bicubic          Pillow's: antialiased, fixed point, rounded                       (Qwen2-VL's own resize)
-    bilinear_float   torchvision's on float tensors: antialiased, then truncated       (ARX and AgileX scripts)
-    bilinear_cv2     OpenCV's INTER_LINEAR: two taps without antialias, 11-bit weights (Franka and the training data)
-    """
-
-    step: Literal["resize"] = "resize"
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    filter: Literal["bicubic", "bilinear_float", "bilinear_cv2"]
+class Resize(bundle.Resize):
+    """See the base: by Pillow, torch, or OpenCV's arithmetic spelled out."""
 
     def apply(self, frame: Frame) -> Frame:
         """[h, w, 3] -> [height, width, 3]."""
