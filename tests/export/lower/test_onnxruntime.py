@@ -32,7 +32,6 @@ EXPERTS = {
     "shared through a gate": ExpertsSpec(routed=4, top_k=2, shared=2, shared_width=80, shared_gate=True),
     "static + dynamic": ExpertsSpec(routed=6, top_k=3, static=2),
 }
-GRID = (4, 6)
 QUANTIZED = ["int8", "int4"]
 
 
@@ -131,8 +130,11 @@ def test_the_other_stages_are_the_reference_with_these_weights(precision, tmp_pa
 
     patches = draw(2, 24, 588)
     doubled = np.repeat(patches.reshape(48, 3, 1, 196), 2, axis=2).reshape(48, -1)
-    expected = reference.backbone.images(torch.from_numpy(doubled), [GRID] * 2).numpy()
-    assert stages.relative(run(vision(spec, weights, GRID), patches=patches).reshape(expected.shape), expected) <= 1e-5
+    expected = reference.backbone.images(torch.from_numpy(doubled), [stages.GRID] * 2).numpy()
+    assert (
+        stages.relative(run(vision(spec, weights, stages.GRID), patches=patches).reshape(expected.shape), expected)
+        <= 1e-5
+    )
 
     means, state = draw(2, 1, 192), draw(1, 14)
     found = run(condition(spec, weights), prompt_mean=means[0], reasoning_mean=means[1], state=state)
@@ -164,12 +166,11 @@ def test_routers_and_small_maps_keep_their_fp32_weights(precision, tmp_path):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", ["language", "vision", "condition", "denoise"])
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_lowered_file_needs_nothing_of_ours(stage, precision, tmp_path):
     spec = tiny.policy()
     weights = stages.parameters(tiny.model(spec))
-    graph = vision(spec, weights, GRID) if stage == "vision" else globals()[stage](spec, weights)
-    path = stages.save(stages.lowered(graph, spec, precision), tmp_path)
+    path = stages.save(stages.lowered(stages.STAGES[stage](spec, weights), spec, precision), tmp_path)
     model = onnx.load(str(path), load_external_data=False)
     assert not model.functions
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
