@@ -25,7 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from chatvla_edge.benchmarks import script
 from chatvla_edge.benchmarks.method import compare
 from chatvla_edge.benchmarks.report import Report
-from chatvla_edge.export.model.images import PRESETS, Preprocessing, Resize, patches
+from chatvla_edge.export.model.images import PRESETS, Preprocessing, patches
+from chatvla_edge.runtime.bundle import Resize
 from chatvla_edge.runtime.preprocessing import FOLDED, UNFOLDED, Pipeline
 
 SUMMARY = "One camera frame to patches, against the Qwen2-VL processor and the reference, and to the last bit."
