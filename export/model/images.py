@@ -97,7 +97,7 @@ class Resize(Data):
         """[h, w, 3] -> [height, width, 3]."""
         if self.filter == "bicubic":
             # Across, then down, each rounded to bytes: what Pillow 12 and before do in one call, and what checkpoints
-            # were trained behind. Pillow 13 goes down first for some shapes, one grey level off.
+            # were trained behind. Pillow 13 goes down first for some shapes: other grey levels.
             across = Image.fromarray(np.ascontiguousarray(frame)).resize((self.width, frame.shape[0]), _BICUBIC)
             return np.asarray(across.resize((self.width, self.height), _BICUBIC))
         if self.filter == "bilinear_cv2":
