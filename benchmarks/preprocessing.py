@@ -2,7 +2,7 @@
 
 Before anything is timed, ours is compared with the reference, value by value. Against the processor all candidates do
 the same work, Qwen2-VL's own resize of one frame, and write both temporal slices as it does (with Pillow 13 its 640x480
-frame is a grey level off here and there: docs/decisions.md 14); "one slice" is what the vision stage takes. The presets
+frame has other last grey levels: docs/decisions.md 14); "one slice" is what the vision stage takes. The presets
 stand over the reference, since the processor does not know their steps. One thread.
 
 The picture is smooth with a sensor's noise: only the JPEG codec's time depends on it.

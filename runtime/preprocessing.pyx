@@ -1,3 +1,4 @@
+# distutils: depends = runtime/resampling.h runtime/resampling_passes.h
 """From a camera frame to the patches of the vision tower, with the numbers of the libraries used in training.
 
 A `Pipeline` is compiled once per camera from its ordered list of steps; tables and buffers are made then. `run` takes
