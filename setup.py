@@ -13,11 +13,26 @@ from setuptools import Extension, find_packages, setup
 ROOMS = ("export", "runtime", "drivers", "calibration", "benchmarks")
 
 # Modules written in Cython's pure-Python mode: they run interpreted (for coverage and mutation) and compiled.
-PURE_MODE: tuple[str, ...] = ()
+PURE_MODE: tuple[str, ...] = ("runtime/limits.py",)
 
 # -ffp-contract=off: a fused multiply-add rounds once where the interpreted twin rounds twice, and the two must agree
 # to the last bit. No -march, no -ffast-math: a wheel runs on any machine of its architecture with the same numbers.
 COMPILE_ARGS = ["-O2", "-ffp-contract=off", "-fno-math-errno"]
+
+
+def import_names() -> str:
+    """A folder that shows Cython the rooms under their import names.
+
+    `cimport chatvla_edge.runtime.slots` is looked up as a path, and the rooms lie one level higher than their names say.
+    """
+    names = Path("build", "import-names")
+    package = names / "chatvla_edge"
+    package.mkdir(parents=True, exist_ok=True)
+    for room in ROOMS:
+        link = package / room
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", "..", room), target_is_directory=True)
+    return str(names)
 
 
 def extensions() -> list[Extension]:
@@ -45,6 +60,7 @@ setup(
     ext_modules=cythonize(
         extensions(),
         build_dir="build/cython",
+        include_path=[import_names()],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,
