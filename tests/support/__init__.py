@@ -1,0 +1,1 @@
+"""Tiny geometries and inputs that several tests share."""
