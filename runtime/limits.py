@@ -155,10 +155,9 @@ def plan_stop(
     behind = min(0.0, end)
     if v < 0.0:
         # Still moving the other way: displacement is lowest at the last sample with a velocity below zero.
-        m = n1
-        root = (a - down / 2.0) * (a - down / 2.0) + 2.0 * down * pace
-        if root >= 0.0:
-            m = min(n1, float(floor(-2.0 * pace / ((a - down / 2.0) + sqrt(root)))))
+        # (The ramp reaches zero velocity by the choice of side; the clamp is for rounding where it only touches it.)
+        root = sqrt(max(0.0, (a - down / 2.0) * (a - down / 2.0) + 2.0 * down * pace))
+        m = min(n1, float(floor(-2.0 * pace / (a - down / 2.0 + root))))
         behind = min(
             behind, dt * (m * v + dt * (a * m * (m + 1.0) / 2.0 - down * m * (m + 1.0) * (m + 2.0) / 6.0))
         )
@@ -593,11 +592,10 @@ class Limiter:
         # The curve falls towards the limit, so its value at the furthest point bounds the whole stop: the usual case.
         if (fastest + offset) * (fastest + offset) <= gain * (room - furthest):
             return True
+        # Else phase by phase, which is worth it on the side on which the stop ends; on the other it is on its way back.
         hold = -side * self.fresh[at + HOLD]
-        if hold <= 0.0:
-            return False
         ramped = max(0.0, side * self.fresh[at + RAMPED])
-        if (fastest + offset) * (fastest + offset) > gain * (room - ramped):
+        if hold <= 0.0 or (fastest + offset) * (fastest + offset) > gain * (room - ramped):
             return False
         # While holding, the distance under the curve is smallest at one speed (or at an end of the phase).
         entry = side * self.fresh[at + ENTRY]

@@ -595,6 +595,57 @@ def test_the_curve_is_kept_and_made_use_of(limits, deceleration, side):
         assert (v[late] > 0.8 * np.minimum(allowed, stopping)[late]).all()
 
 
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_a_curve_steeper_than_braking_is_kept_where_it_bends(limits, side):
+    # Towards the very end of the range the curve and a full stop are closest in between, not at the stop's ends.
+    limiter = curved(limits, 17.0, offset=0.35)
+    commands, _ = feed(limiter, [side * 2.7437] * 1500)
+    q = side * commands[:, 0]
+    v = np.diff(np.concatenate([[0.0], q])) / DT
+    allowed = np.sqrt(np.maximum(0, 34.0 * (2.7501 - q))) - 0.35
+    moving = v > 0
+    assert (v[moving] <= allowed[moving]).all()
+    assert (allowed - v)[moving].min() < 0.02
+    assert q[-1] > 2.7437 - 2e-3
+
+
+@pytest.mark.parametrize("jerk", [5000.0, 150.0])
+def test_reversals_under_the_curve_keep_it_on_both_sides(limits, jerk):
+    limiter = curved(limits, 6.0, jerk=jerk)
+    rng = np.random.default_rng(7)
+    wanted = (np.where(np.arange(40) % 2, 1, -1) * rng.uniform(2.3, 2.75, 40)).repeat(rng.integers(300, 1100, 40))
+    wanted = np.where(rng.random(len(wanted)) < 0.01, -wanted, wanted)
+    steps = np.where(np.arange(len(wanted)) // 20 % 7 == 0, -wanted, wanted)
+    commands, _ = feed(limiter, np.concatenate([wanted, steps]))
+    q = commands[:, 0]
+    v = np.diff(np.concatenate([[0.0], q])) / DT
+    upper = np.maximum(0, np.sqrt(np.maximum(0, 12.0 * (2.7501 - q))) - 0.3)
+    lower = np.maximum(0, np.sqrt(np.maximum(0, 12.0 * (2.7501 + q))) - 0.3)
+    assert (v <= upper).all()
+    assert (-v <= lower).all()
+    assert (q.max(), -q.min()) > (2.6, 2.6)
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_a_stop_that_is_on_its_way_back_is_judged_at_its_turning_point_with_its_present_speed(side):
+    # White box: no stream was found that comes here, but nothing else would keep such a stop from passing.
+    limits = limits_source.MODULES["interpreted"]
+    limiter = curved(limits)
+    for hold, reach, passes in [(3.0, 0.019, False), (0.0, 0.019, False), (3.0, 0.013, True)]:
+        limiter.next_command[0] = side * 2.71
+        for index, value in [
+            (limits.FASTEST if side > 0 else limits.SLOWEST, side * 0.25),
+            (limits.AHEAD if side > 0 else limits.BEHIND, side * reach),
+            (limits.HOLD, side * hold),
+            (limits.RAMPED, 0.0),
+            (limits.ENTRY, -side * 0.5),
+            (limits.EXIT, -side * 0.4),
+        ]:
+            limiter.fresh[index] = value
+        # (0.25 + 0.3)^2 = 0.3025 against 12 * (0.0401 - reach): 0.2532 or 0.3252.
+        assert limiter._under_curve(0, side) is passes
+
+
 def test_inside_the_last_stretch_where_the_curve_is_zero_one_may_only_go_back(limits):
     for side in (1.0, -1.0):
         limiter = curved(limits)
