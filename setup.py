@@ -23,7 +23,7 @@ COMPILE_ARGS = ["-O2", "-ffp-contract=off", "-fno-math-errno"]
 def import_names() -> str:
     """A folder that shows Cython the rooms under their import names.
 
-    `cimport chatvla_edge.runtime.slots` is looked up as a path, and the rooms lie one level higher than their names say.
+    `cimport chatvla_edge.runtime.slots` is looked up as a path, and no folder `chatvla_edge` holds the rooms.
     """
     names = Path("build", "import-names")
     package = names / "chatvla_edge"
