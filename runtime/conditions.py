@@ -123,7 +123,7 @@ def _given_up(seen: Observations, _: Context) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A leaky one: fills with the time of bad ticks, forgets a share of all time; its condition is a level above budget."""
+    """A leaky one: bad ticks fill it with their time, and a share of all time is forgotten."""
 
     budget_ns: int
     forgiven: float
