@@ -32,8 +32,8 @@ class Context:
 
     mode: Mode
     now_ns: int
-    generation: int = 0  # of the last accepted arm
-    want: Want = Want.REST  # what the servo was told last
+    arming: int = 0  # of the last accepted arm
+    want: Want = Want.IDLE  # what the servo was told last
     held: bool = False  # the operator said hold
     stop_asked: bool = False
     estop_asked: bool = False
@@ -42,7 +42,6 @@ class Context:
     stopping_ns: int = 0  # in SOFT_STOP
     clipped_ns: int = 0  # leaky buckets, see `arbiter`
     late_ns: int = 0
-    nonfinite_ticks: int = 0  # new since the last look
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -83,8 +82,12 @@ class Condition:
     lasting_ns: int = 0
     settle_ns: int = SETTLE_NS
     clears: Clears = Clears.BY_ITSELF
-    blocks_arming: bool = True
     judged_in: frozenset[Mode] = ALWAYS
+
+    @property
+    def blocks_arming(self) -> bool:
+        """Whether it stands against `arm`: all that is more than a note and can be while nothing is armed."""
+        return self.reaction > Reaction.NOTE and not self.judged_in <= ARMED
 
     def allowed(self, period_ns: int) -> float:
         """The budget for a stream with this period."""
@@ -148,7 +151,6 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=150 * MS,
         periods=5,
-        blocks_arming=False,
     ),
     Condition(
         "optional camera died",
@@ -156,7 +158,6 @@ TABLE: tuple[Condition, ...] = (
         _camera_died(required=False),
         "It is being restarted.",
         "a process lives or does not",
-        blocks_arming=False,
     ),
     Condition(
         "starved",
@@ -164,7 +165,14 @@ TABLE: tuple[Condition, ...] = (
         lambda seen, _: [_fact(seen.servo.starved)],
         "The arm waits at the end of its path for the next chunk.",
         "the servo has come to rest by itself; in sync mode this is every chunk's end",
-        blocks_arming=False,
+        judged_in=frozenset({Mode.ACTIVE}),
+    ),
+    Condition(
+        "unreachable",
+        Reaction.NOTE,
+        lambda seen, _: [_fact(seen.servo.unreachable)],
+        "The policy wants a pose without joint angles; the arm goes to the nearest.",
+        "tau stands meanwhile, and a pose that stays out of reach ends as limits clip or chunk stale",
         judged_in=frozenset({Mode.ACTIVE}),
     ),
     Condition(
@@ -300,16 +308,25 @@ TABLE: tuple[Condition, ...] = (
         clears=Clears.BY_ARM,
     ),
     Condition(
+        "arming refused",
+        Reaction.SOFT_STOP,
+        lambda seen, context: [_fact(seen.servo.arming != context.arming, words=seen.servo.stopped)],
+        "Bring the arm within its limits and see that its state arrives, then `arm`.",
+        "an arming takes a tick; a servo that still refuses it after a lease must not begin when nobody expects it",
+        lasting_ns=LEASE_NS,
+        clears=Clears.BY_ARM,
+        judged_in=frozenset({Mode.ACTIVE, Mode.HOLD}),
+    ),
+    Condition(
         "servo stopped",
         Reaction.SOFT_STOP,
-        # Said of an older generation it is the reason of the stop before this arm.
+        # Said of an older arming it is the reason of the stop before this one.
         lambda seen, context: [
-            _fact(bool(seen.servo.stopped) and seen.servo.generation == context.generation, words=seen.servo.stopped)
+            _fact(bool(seen.servo.stopped) and seen.servo.arming == context.arming, words=seen.servo.stopped)
         ],
         "`arm` when the reason is gone.",
         "the servo may always reduce on its own; it does not start again on its own",
         clears=Clears.BY_ARM,
-        blocks_arming=False,  # only a new generation ends it
         judged_in=ARMED,
     ),
     Condition(
@@ -374,10 +391,22 @@ TABLE: tuple[Condition, ...] = (
     Condition(
         "command not finite",
         Reaction.FAULT,
-        lambda _, context: [_fact(context.nonfinite_ticks > 0)],
+        lambda seen, context: [_fact(seen.servo.nonfinite and seen.servo.arming == context.arming)],
         "A defect of this software: keep the log and report it.",
         "chunks with NaN are refused long before; here it can only be our mistake",
         clears=Clears.BY_DISARM,
+        judged_in=ARMED,
+    ),
+    Condition(
+        "device stopped",
+        Reaction.FAULT,
+        lambda seen, context: [
+            _fact(bool(d.stopped) and d.arming == context.arming, d.name, d.stopped) for d in seen.devices
+        ],
+        "It left the servo's path on its own: look at the arm, then `disarm`.",
+        "one arm that no longer follows stops all",
+        clears=Clears.BY_DISARM,
+        judged_in=ARMED,
     ),
     Condition(
         "servo lost",
