@@ -14,7 +14,7 @@ from math import inf
 from typing import NamedTuple
 
 from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Clears, Mode, Reaction, S, Want
-from chatvla_edge.runtime.observations import Child, Observations
+from chatvla_edge.runtime.observations import Child, Observations, Policy
 
 # A stop along the path ramps tau to rest in 0.5 s at the gentlest setting (2 1/s), and braking a joint from 5 rad/s at
 # 5 rad/s^2 takes 1 s. Twice the longer one; whoever is not standing by then is not stopping.
@@ -99,6 +99,10 @@ def _age(stamp_ns: int, now_ns: int) -> float:
     return abs(now_ns - stamp_ns) if stamp_ns else inf
 
 
+def _owed(policy: Policy, context: Context) -> float:
+    return 0 if policy.owed_ns is None else _age(policy.owed_ns, context.now_ns)
+
+
 def _fact(true: bool, subject: str = "", words: str = "") -> Finding:
     return Finding(subject, int(true), words=words)
 
@@ -139,7 +143,7 @@ BUCKETS = {
     "servo late": Bucket(LEASE_NS, 0.05),
 }
 
-FRAME_WHY = "USB loses a frame or two; the policy itself looks at most every 150 ms or so"
+FRAME_WHY = "USB loses a frame or two, not five; a policy that takes 300 ms sees no difference below half of that"
 
 TABLE: tuple[Condition, ...] = (
     Condition(
@@ -194,7 +198,7 @@ TABLE: tuple[Condition, ...] = (
         "chunk stale",
         Reaction.HOLD,
         lambda seen, context: [
-            Finding("", _age(seen.policy.chunk_ns, context.now_ns), seen.policy.cycle_ns),
+            Finding("", _owed(seen.policy, context), seen.policy.cycle_ns),
         ],
         "See `status` for the policy's query times.",
         "one query may fail and the next still be in time",
@@ -295,6 +299,7 @@ TABLE: tuple[Condition, ...] = (
         at_least=0.05,
         lasting_ns=100 * MS,
         clears=Clears.BY_ARM,
+        judged_in=ARMED,
     ),
     Condition(
         "state stale",
@@ -387,6 +392,7 @@ TABLE: tuple[Condition, ...] = (
         "the limiter brakes at the first tick; a lag of 100 ms is no flexing of a joint",
         lasting_ns=100 * MS,
         clears=Clears.BY_DISARM,
+        judged_in=ARMED,  # unarmed, an arm may be moved by hand
     ),
     Condition(
         "command not finite",

@@ -34,7 +34,9 @@ class Policy:
     """The policy process. ``cycle_ns`` is the time between chunks that the bundle declares for this target."""
 
     cycle_ns: int
-    chunk_ns: int  # publication of the newest chunk that the mailbox accepted
+    # Since when a chunk is owed: the acceptance of the newest one; in sync mode the end of its actions. None while none
+    # is, which an arm that is held in the middle of a sync chunk is for as long as it is held.
+    owed_ns: int | None
     ready: bool
     process: Child = Child()
 

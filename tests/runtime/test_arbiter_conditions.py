@@ -14,7 +14,7 @@ from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Clears, Mode, Reacti
 NAMES = list(ROWS)
 OF_AN_ARMING = {
     "operator hold", "operator stop", "hold overlong", "lease lapsed", "stop overran",
-    "arming refused", "servo stopped", "device stopped", "command not finite",
+    "arming refused", "servo stopped", "device stopped", "command not finite", "vendor deviates", "not following",
 }  # fmt: skip
 SETTLES = 5 * S  # the fullest bucket is empty, and any condition forgotten
 
@@ -146,6 +146,12 @@ def test_what_was_never_seen_and_what_comes_from_the_future_is_stale(name):
         (reason,) = case.step().reasons
         assert reason.condition is row
         assert words in reason.sentence()
+
+
+def test_a_policy_that_owes_no_chunk_is_not_late():
+    case = Case(Mode.ACTIVE)
+    case.seen = replace(case.seen, policy=replace(case.seen.policy, owed_ns=None))
+    assert case.step().reasons == ()
 
 
 @pytest.mark.parametrize("row", TABLE, ids=NAMES)

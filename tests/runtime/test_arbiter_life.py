@@ -21,6 +21,9 @@ REQUESTS = st.one_of(
 )
 
 
+MILD = [name for name in TROUBLES if ROWS[name].reaction <= Reaction.HOLD]
+
+
 class Lives(RuleBasedStateMachine):
     """One rig, its troubles and its operators."""
 
@@ -118,6 +121,16 @@ class Lives(RuleBasedStateMachine):
     def trouble_begins(self, name: str) -> None:
         self.life.begun.setdefault(name, self.life.now)
 
+    @rule(name=st.sampled_from(MILD))
+    def mild_trouble_begins(self, name: str) -> None:
+        self.life.begun.setdefault(name, self.life.now)
+
+    @rule(name=st.sampled_from(MILD))
+    def a_long_hold(self, name: str) -> None:
+        self.life.begun.setdefault(name, self.life.now)
+        for _ in range(11 * S // (90 * MS)):
+            self.turn(after=90 * MS)  # just in time for the lease
+
     @rule(data=st.data())
     def trouble_ends(self, data: st.DataObject) -> None:
         if self.life.begun:
@@ -146,6 +159,6 @@ class Lives(RuleBasedStateMachine):
 SPOILT = {"servo stopped", "command not finite", "device stopped", "servo disobeys"}
 
 Lives.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLives = Lives.TestCase

@@ -82,7 +82,7 @@ TROUBLES: dict[str, Put] = {
     "unreachable": servo(unreachable=True),
     "recorder died": whole(recorder=DEAD),
     "not at rest": servo(standing=False),
-    "chunk stale": lambda seen, age: policy(chunk_ns=seen.policy.chunk_ns - age)(seen, age),
+    "chunk stale": lambda seen, age: policy(owed_ns=seen.policy.owed_ns - age)(seen, age),
     "policy not ready": policy(ready=False),
     "policy died": policy_process(alive=False),
     "frame stale": stale_camera(0),
