@@ -159,6 +159,6 @@ class Lives(RuleBasedStateMachine):
 SPOILT = {"servo stopped", "command not finite", "device stopped", "servo disobeys"}
 
 Lives.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLives = Lives.TestCase
