@@ -42,12 +42,12 @@ EDGES = frozenset(
 )
 
 WANT = {
-    Mode.DISARMED: Want.IDLE,
-    Mode.READY: Want.IDLE,
+    Mode.DISARMED: Want.REST,
+    Mode.READY: Want.REST,
     Mode.ACTIVE: Want.TRACK,
     Mode.HOLD: Want.HOLD,
-    Mode.SOFT_STOP: Want.SOFT_STOP,
-    Mode.FAULT: Want.IDLE,
+    Mode.SOFT_STOP: Want.STOP,
+    Mode.FAULT: Want.BRAKE,
 }
 
 
@@ -190,7 +190,7 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
     )
     watch, reasons = assess(seen, context, state.watch)
     # With the echo beside it, "standing" will stay so: the servo stands because it was told to, not by chance.
-    stands = seen.servo.standing and seen.servo.want is Want.SOFT_STOP
+    stands = seen.servo.standing and seen.servo.want is Want.STOP
     state = _entered(replace(state, watch=watch), _next(was, reasons, stands), reasons)
     moves = [(was, state.mode)] if state.mode is not was else []
     replies = []

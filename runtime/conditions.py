@@ -33,7 +33,7 @@ class Context:
     mode: Mode
     now_ns: int
     arming: int = 0  # of the last accepted arm
-    want: Want = Want.IDLE  # what the servo was told last
+    want: Want = Want.REST  # what the servo was told last
     held: bool = False  # the operator said hold
     stop_asked: bool = False
     estop_asked: bool = False

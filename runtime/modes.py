@@ -45,7 +45,8 @@ class Clears(Enum):
 class Want(Enum):
     """What the arbiter wants of the servo. All but TRACK only ever reduce motion."""
 
-    IDLE = "idle"  # come to rest, then command nothing; goes with a revoked lease
+    REST = "rest"  # goes with a revoked lease: finish the stop that is under way, then command nothing
     HOLD = "hold"  # ramp tau to 0 and hold the last command
     TRACK = "track"  # follow the trajectory; after a new arming by a slow approach first
-    SOFT_STOP = "soft_stop"  # ramp tau to 0 along the path and stay there until the next arming
+    STOP = "stop"  # ramp tau to 0 along the path and stay there until the next arming
+    BRAKE = "brake"  # goes with a revoked lease: the shortest stop within limits, path or not

@@ -39,7 +39,7 @@ def test_motion_has_one_door_and_a_fault_one_exit():
 
 def test_only_active_lets_tau_run():
     assert [mode for mode in Mode if WANT[mode] is Want.TRACK] == [Mode.ACTIVE]
-    assert [mode for mode in Mode if WANT[mode] is Want.IDLE] == [mode for mode in Mode if mode not in ARMED]
+    assert {mode for mode in Mode if WANT[mode] in (Want.REST, Want.BRAKE)} == set(Mode) - ARMED
 
 
 def walk(life: Life, *turns) -> set:
@@ -83,7 +83,7 @@ def test_nothing_moves_before_arm_however_long_and_healthy():
         decision = life.turn()
         assert decision.state.mode is Mode.READY
         assert decision.state.lease_until_ns == 0
-        assert decision.order.want is Want.IDLE
+        assert decision.order.want is Want.REST
     assert life.state.arming == 0
 
 
@@ -110,7 +110,7 @@ def test_a_soft_stop_waits_for_the_servos_word_that_it_stands_because_it_was_tol
     for fields in ({"standing": False}, {"standing": True, "want": Want.TRACK}):
         case.seen = replace(case.seen, servo=replace(case.seen.servo, **fields))
         assert case.step().state.mode is Mode.SOFT_STOP
-    case.seen = replace(case.seen, servo=replace(case.seen.servo, standing=True, want=Want.SOFT_STOP))
+    case.seen = replace(case.seen, servo=replace(case.seen.servo, standing=True, want=Want.STOP))
     decision = case.step()
     assert decision.state.mode is Mode.DISARMED
     assert decision.state.lease_until_ns == 0
@@ -345,7 +345,7 @@ class Pages:
         self.lease = Lease.create("lease")
         self.estop = EmergencyStop.create("estop")
         self.log: list[tuple] = []
-        self.order = Order(Want.IDLE, 0, 1.0)
+        self.order = Order(Want.REST, 0, 1.0)
         self.start = now_ns()
         self.ahead = 0
         self.broken: Exception | None = None
@@ -390,7 +390,7 @@ def test_less_comes_before_the_order_and_more_after_it():
     pages.log.clear()
     pages.turn(Request(Act.ARM))
     pages.turn(Request(Act.ESTOP))
-    assert pages.log == [(Want.TRACK, False), (Want.IDLE, False)]
+    assert pages.log == [(Want.TRACK, False), (Want.BRAKE, False)]
 
 
 def test_an_estop_asked_for_is_latched_and_cleared_by_its_count():

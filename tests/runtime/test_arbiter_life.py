@@ -64,7 +64,7 @@ class Lives(RuleBasedStateMachine):
             assert self.armed
             # An arm begins in a step that was judged unarmed, in which a refusal-only row would have refused it.
             assert worst < Reaction.HOLD
-        assert decision.order.want is Want.IDLE or self.armed
+        assert decision.order.want in (Want.REST, Want.BRAKE) or self.armed
         if before.mode in ARMED and now >= before.lease_until_ns:
             assert state.mode in (Mode.SOFT_STOP, Mode.FAULT, Mode.DISARMED)
         if before.mode in ARMED and worst is Reaction.FAULT:

@@ -19,7 +19,7 @@ Put = Callable[[Observations, int], Observations]
 
 def healthy(now: int, **servo) -> Observations:
     """Two arms, a required and an optional camera, everything fresh at ``now``."""
-    fields = {"want": Want.IDLE, "arming": 0, "standing": True, **servo}
+    fields = {"want": Want.REST, "arming": 0, "standing": True, **servo}
     return Observations(
         cameras=(Camera("top", True, 33_333_333, now), Camera("wrist", False, 16_666_667, now)),
         policy=Policy(300 * MS, now, ready=True),
@@ -179,7 +179,7 @@ class Life:
         self.now = 1000 * S
         self.state = State()
         self.begun: dict[str, int] = {}
-        self.want, self.arming = Want.IDLE, 0
+        self.want, self.arming = Want.REST, 0
         self.moved_ns = 0
         self.stuck = False  # never comes to rest
         self.decision: Decision
