@@ -13,7 +13,7 @@ from setuptools import Extension, find_packages, setup
 ROOMS = ("export", "runtime", "drivers", "calibration", "benchmarks")
 
 # Modules written in Cython's pure-Python mode: they run interpreted (for coverage and mutation) and compiled.
-PURE_MODE: tuple[str, ...] = ()
+PURE_MODE: tuple[str, ...] = ("runtime/limits.py",)
 
 # -ffp-contract=off: a fused multiply-add rounds once where the interpreted twin rounds twice, and the two must agree
 # to the last bit. No -march, no -ffast-math: a wheel runs on any machine of its architecture with the same numbers.
