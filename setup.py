@@ -20,6 +20,21 @@ PURE_MODE: tuple[str, ...] = ()
 COMPILE_ARGS = ["-O2", "-ffp-contract=off", "-fno-math-errno"]
 
 
+def import_names() -> str:
+    """A folder that shows Cython the rooms under their import names.
+
+    `cimport chatvla_edge.runtime.slots` is looked up as a path, and the rooms lie one level higher than their names say.
+    """
+    names = Path("build", "import-names")
+    package = names / "chatvla_edge"
+    package.mkdir(parents=True, exist_ok=True)
+    for room in ROOMS:
+        link = package / room
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", "..", room), target_is_directory=True)
+    return str(names)
+
+
 def extensions() -> list[Extension]:
     sources = [path for room in ROOMS for path in sorted(Path(room).rglob("*.pyx"))]
     sources += [Path(path) for path in PURE_MODE]
@@ -45,6 +60,7 @@ setup(
     ext_modules=cythonize(
         extensions(),
         build_dir="build/cython",
+        include_path=[import_names()],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,
