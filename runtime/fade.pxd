@@ -1,6 +1,6 @@
 """The offset that a seam leaves behind, fading in tau.
 
-    from chatvla_edge.runtime.fade cimport Fade, fade_advance, fade_apply, fade_capture, fade_clear
+    from chatvla_edge.runtime.fade cimport Fade, fade_advance, fade_apply, fade_capture, fade_clear, fade_stand
 """
 
 from chatvla_edge.runtime.knots cimport ActionLayout
@@ -15,6 +15,7 @@ cdef struct Fade:
 
 
 cdef void fade_clear(Fade *fade, int size) noexcept nogil
+cdef void fade_stand(Fade *fade, ActionLayout layout) noexcept nogil
 cdef void fade_advance(Fade *fade, ActionLayout layout, double tau_step) noexcept nogil
 cdef void fade_apply(const Fade *fade, ActionLayout layout, const double *base, const double *base_rate,
                      double *value, double *rate) noexcept nogil

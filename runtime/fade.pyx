@@ -32,6 +32,15 @@ cdef void fade_clear(Fade *fade, int size) noexcept nogil:
         fade.curve[i] = 0
 
 
+cdef void fade_stand(Fade *fade, ActionLayout layout) noexcept nogil:
+    """The offset as it is, at rest."""
+    cdef int i
+    for i in range(layout.size):
+        fade.curve[i] = 0
+        if layout.kind[i] != GRIPPER:
+            fade.rate[i] = 0
+
+
 cdef void fade_advance(Fade *fade, ActionLayout layout, double tau_step) noexcept nogil:
     """Exact for any step: p(t) = (c0 + c1 t + c2 t^2) exp(-pole t)."""
     cdef double pole = fade.pole

@@ -23,6 +23,13 @@ cdef enum Mode:
     SYNC = 4
 
 
+cdef enum Schedule:
+    SMOOTH = 0
+    EXP = 1
+    LINEAR = 2
+    HARD = 3
+
+
 cdef enum SampleFlags:
     SAMPLE_SEAM = 1  # the set of chunks in use changed in this tick
     SAMPLE_STARVED = 2  # at or past the last due action: no more path
@@ -36,8 +43,10 @@ cdef class Fusion:
     cdef int mode
     cdef int capacity
     cdef int sync_actions
+    cdef int schedule
     cdef bint anchored
     cdef bint orphaned
+    cdef bint stood
     cdef uint64_t epoch_now
     cdef double tau_now
     cdef double newest_observation
@@ -83,9 +92,10 @@ cdef class Fusion:
     cdef int _verdict(self, const ChunkHeader *header, const double *actions) noexcept nogil
     cdef void _make_room(self, double tau_observation) noexcept nogil
     cdef void _unqueue(self, int place) noexcept nogil
-    cdef int _choose(self, double tau) noexcept nogil
+    cdef int _choose(self, double begun, double unfinished) noexcept nogil
     cdef void _base_of(self, const int *slots, int count, double tau, double *value, double *rate) noexcept nogil
     cdef bint _move(self, double tau) noexcept nogil
+    cdef void _change(self, int count, double tau) noexcept nogil
     cdef void _remember(self) noexcept nogil
     cdef void _recall(self, double tau, double *value) noexcept nogil
     cdef double _last_due(self) noexcept nogil

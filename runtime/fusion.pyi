@@ -8,6 +8,7 @@ from chatvla_edge.runtime.knots import ActionLayout
 
 Mode = Literal["switch", "blend", "ensemble", "rtc", "sync"]
 MODES: tuple[Mode, ...]
+SCHEDULES: tuple[str, ...]
 
 class Fused(NamedTuple):
     value: NDArray[np.float64]
@@ -34,6 +35,7 @@ class Fusion:
         ensemble_decay: float = 0.01,
         capacity: int = 8,
         sync_actions: int = 0,
+        prefix_schedule: str = "smooth",
         history: float = 1.0,
     ) -> None: ...
     @property

@@ -37,13 +37,14 @@ from chatvla_edge.runtime.chunks cimport (
     ACCEPTED, DEGENERATE_ROTATION, EARLY, FUTURE, FUTURE_EPOCH, OLD_EPOCH, OUT_OF_ORDER, STALE, UNANCHORED, VERDICTS,
     ChunkHeader, header_verdict, rows_verdict,
 )
-from chatvla_edge.runtime.fade cimport fade_advance, fade_apply, fade_capture, fade_clear
+from chatvla_edge.runtime.fade cimport fade_advance, fade_apply, fade_capture, fade_clear, fade_stand
 from chatvla_edge.runtime.knots cimport GRIPPER, ROT6D, ActionLayout, Knots, knots_prepare, knots_sample
 from chatvla_edge.runtime.rot6d cimport orthonormalise
 
 from chatvla_edge.runtime.chunks import COUNTER_NAMES, VERDICT_NAMES
 
 MODES = ("switch", "blend", "ensemble", "rtc", "sync")
+SCHEDULES = ("smooth", "exp", "linear", "hard")
 
 # Observations carry a tau that was read from this clock; a microsecond covers the rounding of its transport.
 cdef double TAU_NOISE = 1e-6
@@ -77,7 +78,7 @@ cdef class Fusion:
     ``layout``: the action components [A]; ``horizon``: the most rows a chunk may have (H); ``mode``: one of MODES;
     ``cubic``: cubic or linear between actions; ``fade``, ``gripper_fade``: seconds of tau in which a seam's offset
     fades to under 2 %; ``ensemble_decay``: ACT's m, per chunk; ``capacity``: chunks an ensemble averages at most;
-    ``sync_actions``: n of the sync mode; ``history``: seconds of tau of past output kept for committed prefixes.
+    ``sync_actions``: n of the sync mode; ``prefix_schedule``: the soft mask's shape (prefix.py); ``history``: seconds of tau of past output kept for committed prefixes.
     Raises ValueError for values out of range.
     """
 
@@ -93,6 +94,7 @@ cdef class Fusion:
         double ensemble_decay=0.01,
         int capacity=8,
         int sync_actions=0,
+        prefix_schedule="smooth",
         double history=1.0,
     ):
         cdef int A = layout.size
@@ -110,6 +112,8 @@ cdef class Fusion:
             raise ValueError(f"capacity is {capacity}; expected 1 to 64 chunks")
         if mode == "sync" and not 1 <= sync_actions <= horizon:
             raise ValueError(f"sync_actions is {sync_actions}; sync mode executes 1 to {horizon} actions of a chunk")
+        if prefix_schedule not in SCHEDULES:
+            raise ValueError(f"prefix_schedule {prefix_schedule!r}; expected one of {', '.join(SCHEDULES)}")
         if not (0 < history <= 60):
             raise ValueError(f"history is {history} s; expected up to 60 s")
         self.layout = layout
@@ -118,8 +122,10 @@ cdef class Fusion:
         # The other modes use one chunk; a few more may wait for their first action to come due.
         self.capacity = capacity if self.mode == ENSEMBLE else 4
         self.sync_actions = sync_actions
+        self.schedule = SCHEDULES.index(prefix_schedule)
         self.anchored = False
         self.orphaned = False
+        self.stood = True
         self.tau_now = 0
         self.newest_observation = -INFINITY
         memset(&self.counters, 0, sizeof(self.counters))
@@ -213,6 +219,7 @@ cdef class Fusion:
         self.history_count = 0
         self.history_next = 0
         self._remember()
+        self.stood = True
         self.anchored = True
         return 0
 
@@ -286,8 +293,12 @@ cdef class Fusion:
         cdef int flags = 0
         if not self.anchored:
             return SAMPLE_UNANCHORED | SAMPLE_STARVED
-        if tau > self.tau_now and self._move(tau):
-            flags |= SAMPLE_SEAM
+        if tau > self.tau_now:
+            if self._move(tau):
+                flags |= SAMPLE_SEAM
+            self.stood = False
+        else:
+            self.stood = True
         memcpy(value, self.fused, A * sizeof(double))
         memcpy(rate, self.fused_rate, A * sizeof(double))
         if self.active[0] == self.slot_count - 1:
@@ -305,7 +316,7 @@ cdef class Fusion:
         lies in the past, the present plan (offset included) where it lies ahead. ``expected_delay``: seconds of tau
         from the observation to the chunk's arrival (host delay times the rate). Returns d, the committed rows: those
         due before the arrival and one more, because the servo interpolates toward the action after the arrival.
-        The mask is Equation 5 of Black, Galliker and Levine 2025 (prefix.py); all zero where there is no plan to
+        The mask is that of prefix.py under the ``prefix_schedule`` chosen; all zero where there is no plan to
         commit to: before the first chunk, after a new epoch, and in sync mode.
         """
         cdef int A = self.layout.size
@@ -321,7 +332,7 @@ cdef class Fusion:
         memcpy(self.ahead.offset, self.fade.offset, A * sizeof(double))
         memcpy(self.ahead.rate, self.fade.rate, A * sizeof(double))
         memcpy(self.ahead.curve, self.fade.curve, A * sizeof(double))
-        count = self._choose(self.tau_now)
+        count = self._choose(self.tau_now, self.tau_now)
         if count:  # a chunk waits for tau to move: the plan is what it will have become by then
             self._base_of(self.chosen, count, self.tau_now, self.base, self.base_rate)
             fade_capture(&self.ahead, self.layout, self.fused, self.fused_rate, self.base, self.base_rate)
@@ -355,7 +366,15 @@ cdef class Fusion:
         committed = min(committed, overlap)
         for row in range(overlap):
             c = (<double>overlap - row) / (overlap - committed + 1)
-            mask[row] = 1 if row < committed else c * expm1(c) / expm1(1.0)
+            if row < committed:
+                mask[row] = 1
+            elif self.schedule == SMOOTH:
+                mask[row] = c * c * c * (10 - 15 * c + 6 * c * c)
+                mask[row] *= mask[row]
+            elif self.schedule == EXP:
+                mask[row] = c * expm1(c) / expm1(1.0)
+            elif self.schedule == LINEAR:
+                mask[row] = c
         return committed
 
     cdef uint64_t c_sequence(self) noexcept nogil:
@@ -439,14 +458,17 @@ cdef class Fusion:
                 last = fmax(last, self.slots[self.queue[i]].tau_last)
         return last
 
-    cdef int _choose(self, double tau) noexcept nogil:
-        """The slots whose actions make the base at tau, oldest first, into ``chosen``; 0 where nothing changes."""
+    cdef int _choose(self, double begun, double unfinished) noexcept nogil:
+        """The slots that make the base, oldest first, into ``chosen``; 0 where nothing changes.
+
+        Those whose first action is due by ``begun`` and, in an ensemble, whose last is not due before ``unfinished``.
+        """
         cdef int i, count = 0
         cdef const Knots *knots
         if self.mode == ENSEMBLE:
             for i in range(self.queued):
                 knots = &self.slots[self.queue[i]]
-                if knots.tau_first <= tau <= knots.tau_last:
+                if knots.tau_first <= begun and unfinished <= knots.tau_last:
                     if count == self.capacity:  # one more is queued than may be averaged: the oldest gives way
                         for count in range(self.capacity - 1):
                             self.chosen[count] = self.chosen[count + 1]
@@ -455,7 +477,7 @@ cdef class Fusion:
                     count += 1
         else:
             for i in range(self.queued - 1, -1, -1):
-                if self.slots[self.queue[i]].tau_first <= tau:
+                if self.slots[self.queue[i]].tau_first <= begun:
                     self.chosen[0] = self.queue[i]
                     count = 1
                     break
@@ -492,29 +514,49 @@ cdef class Fusion:
                 memcpy(rate + i, self.part_rate + i, 6 * sizeof(double))
 
     cdef bint _move(self, double tau) noexcept nogil:
-        """Advance the output to tau. True where the base changed."""
-        cdef int count, place
+        """Advance the output to tau. True where the base changed.
+
+        A change is made at the tau before the step wherever both sides have actions there: a chunk that ends within
+        the step still moves at its start, and past its end it would have stopped. Only a chunk whose first action
+        comes due within the step enters at the step's end.
+        """
+        cdef bint changed = False
+        cdef int count = self._choose(self.tau_now, tau)
+        if count:
+            self._base_of(self.chosen, count, self.tau_now, self.base, self.base_rate)
+            self._change(count, tau)
+            changed = True
         fade_advance(&self.fade, self.layout, tau - self.tau_now)
         self._base_of(self.active, self.active_count, tau, self.base, self.base_rate)
         fade_apply(&self.fade, self.layout, self.base, self.base_rate, self.fused, self.fused_rate)
-        count = self._choose(tau)
+        count = self._choose(tau, tau)
         if count:
             self._base_of(self.chosen, count, tau, self.base, self.base_rate)
-            fade_capture(&self.fade, self.layout, self.fused, self.fused_rate, self.base, self.base_rate)
+            self._change(count, tau)
             fade_apply(&self.fade, self.layout, self.base, self.base_rate, self.fused, self.fused_rate)
-            memcpy(self.active, self.chosen, count * sizeof(int))
-            self.active_count = count
-            for place in range(count):
-                self.played[self.active[place]] = True
-            self.counters.seams += 1
-            # What lies before the oldest chunk in use, and what an ensemble has outlived, will never be used again.
-            while self.queued and self.queue[0] != self.active[0]:
-                if self.mode == ENSEMBLE and self.slots[self.queue[0]].tau_last >= tau:
-                    self.counters.evicted += 1
-                self._unqueue(0)
+            changed = True
         self.tau_now = tau
         self._remember()
-        return count > 0
+        return changed
+
+    cdef void _change(self, int count, double tau) noexcept nogil:
+        """The chosen slots become the base; the offset takes up the difference to what is fused now."""
+        cdef int place
+        # A robot that stands has no velocity to keep, whatever the slope of the path it stands on: its way in tau starts
+        # along the new base, and continuity in host time is the clock's, whose rate is near 0.
+        fade_capture(&self.fade, self.layout, self.fused, self.fused_rate, self.base, self.base_rate)
+        if self.stood:
+            fade_stand(&self.fade, self.layout)
+        memcpy(self.active, self.chosen, count * sizeof(int))
+        self.active_count = count
+        for place in range(count):
+            self.played[self.active[place]] = True
+        self.counters.seams += 1
+        # What lies before the oldest chunk in use, and what an ensemble has outlived, will never be used again.
+        while self.queued and self.queue[0] != self.active[0]:
+            if self.mode == ENSEMBLE and self.slots[self.queue[0]].tau_last >= tau:
+                self.counters.evicted += 1
+            self._unqueue(0)
 
     cdef void _remember(self) noexcept nogil:
         """Keep the present output for committed prefixes, at a spacing that does not depend on the servo's rate."""

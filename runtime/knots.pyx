@@ -107,7 +107,10 @@ cdef int knots_prepare(Knots *knots, ActionLayout layout) noexcept nogil:
 
 
 cdef void knots_sample(const Knots *knots, ActionLayout layout, double tau, double *value, double *rate) noexcept nogil:
-    """``value`` [A] at tau and its rate of change in tau, [A] per s. Held, with rate 0, outside the knots."""
+    """``value`` [A] at tau and its rate of change in tau, [A] per s. Held, with rate 0, outside the knots.
+
+    At the last row itself the rate is still that of the arrival: a chunk that ends on a tick moves until that tick.
+    """
     cdef int A = layout.size
     cdef int i, row
     cdef double x = (tau - knots.tau_first) / knots.dt
@@ -116,14 +119,18 @@ cdef void knots_sample(const Knots *knots, ActionLayout layout, double tau, doub
     cdef const double *there
     cdef const double *slope
     cdef const double *next_slope
-    if not (0 <= x < knots.rows - 1):
-        here = knots.actions + (0 if x < 0 else knots.rows - 1) * A
+    if knots.rows == 1 or not knots.tau_first <= tau <= knots.tau_last:
+        here = knots.actions + (0 if tau < knots.tau_first else knots.rows - 1) * A
         for i in range(A):
             value[i] = here[i]
             rate[i] = 0
         return
-    row = <int>x
-    u = x - row
+    if tau == knots.tau_last:  # where a starved clock rests, and where the division may fall a rounding short
+        row = knots.rows - 2
+        u = 1
+    else:
+        row = min(<int>x, knots.rows - 2)
+        u = fmin(x - row, 1)
     here = knots.actions + row * A
     there = here + A
     if knots.cubic:
@@ -139,6 +146,9 @@ cdef void knots_sample(const Knots *knots, ActionLayout layout, double tau, doub
             step = there[i] - here[i]
             value[i] = here[i] + u * step
             rate[i] = step * per_second
+    if u == 1:  # the polynomial misses its end by a rounding
+        for i in range(A):
+            value[i] = there[i]
     for i in range(A):
         if layout.kind[i] == GRIPPER:
             # Monotone by construction; the clamp takes the last bit of rounding.

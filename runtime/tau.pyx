@@ -149,7 +149,9 @@ cdef class TauClock:
                         trial = slowest
                     else:
                         high = middle
-        # Rounding may leave -1e-17; tau never runs backwards.
+        # Rounding may leave -1e-17, or 1e-16 beyond the end; tau never runs backwards.
+        if 0 < trial.tau - tau_end < AT_END:
+            trial.tau = tau_end
         trial.rate = fmax(trial.rate, 0)
         trial.tau = fmax(trial.tau, self.state.tau)
         self.state = trial
