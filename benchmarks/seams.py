@@ -26,6 +26,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,7 @@ class Tape:
             posture[1::5] = posture[0::5][: len(posture[1::5])]  # some dwells
             self.postures.append(posture)
 
-    def at(self, tau: Array) -> Array:
+    def at(self, tau: NDArray[np.floating[Any]]) -> Array:
         """[T] s -> [T, A] rad."""
         tau = np.maximum(tau, 0.0)
         columns = []

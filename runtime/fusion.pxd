@@ -12,6 +12,7 @@ from libc.stdint cimport uint64_t
 
 from chatvla_edge.runtime.chunks cimport ChunkCounters, ChunkHeader
 from chatvla_edge.runtime.fade cimport Fade
+from chatvla_edge.runtime.history cimport History
 from chatvla_edge.runtime.knots cimport ActionLayout, Knots
 
 
@@ -72,12 +73,7 @@ cdef class Fusion:
     cdef Fade fade
     cdef Fade ahead
 
-    cdef int history_size
-    cdef int history_count
-    cdef int history_next
-    cdef double history_spacing
-    cdef double *history_tau
-    cdef double *history
+    cdef History history
 
     cdef int c_reset(self, uint64_t epoch, double tau, const double *position) noexcept nogil
     cdef int c_set_epoch(self, uint64_t epoch) noexcept nogil
@@ -96,6 +92,4 @@ cdef class Fusion:
     cdef void _base_of(self, const int *slots, int count, double tau, double *value, double *rate) noexcept nogil
     cdef bint _move(self, double tau) noexcept nogil
     cdef void _change(self, int count, double tau) noexcept nogil
-    cdef void _remember(self) noexcept nogil
-    cdef void _recall(self, double tau, double *value) noexcept nogil
     cdef double _last_due(self) noexcept nogil

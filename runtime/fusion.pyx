@@ -24,7 +24,7 @@ has the highest weight, and a smaller m brings new observations in faster. Avera
 for predictions within 20 degrees of each other that is within a degree of the chordal mean.
 """
 
-from libc.math cimport INFINITY, exp, expm1, fabs, fmax, isfinite
+from libc.math cimport INFINITY, exp, expm1, fmax, isfinite
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -38,7 +38,8 @@ from chatvla_edge.runtime.chunks cimport (
     ChunkHeader, header_verdict, rows_verdict,
 )
 from chatvla_edge.runtime.fade cimport fade_advance, fade_apply, fade_capture, fade_clear, fade_stand
-from chatvla_edge.runtime.knots cimport GRIPPER, ROT6D, ActionLayout, Knots, knots_prepare, knots_sample
+from chatvla_edge.runtime.history cimport history_add, history_at
+from chatvla_edge.runtime.knots cimport ROT6D, ActionLayout, Knots, knots_prepare, knots_sample
 from chatvla_edge.runtime.rot6d cimport orthonormalise
 
 from chatvla_edge.runtime.chunks import COUNTER_NAMES, VERDICT_NAMES
@@ -78,7 +79,8 @@ cdef class Fusion:
     ``layout``: the action components [A]; ``horizon``: the most rows a chunk may have (H); ``mode``: one of MODES;
     ``cubic``: cubic or linear between actions; ``fade``, ``gripper_fade``: seconds of tau in which a seam's offset
     fades to under 2 %; ``ensemble_decay``: ACT's m, per chunk; ``capacity``: chunks an ensemble averages at most;
-    ``sync_actions``: n of the sync mode; ``prefix_schedule``: the soft mask's shape (prefix.py); ``history``: seconds of tau of past output kept for committed prefixes.
+    ``sync_actions``: n of the sync mode; ``prefix_schedule``: the soft mask's shape (prefix.py); ``history``: seconds
+    of tau of past output kept for committed prefixes.
     Raises ValueError for values out of range.
     """
 
@@ -137,8 +139,8 @@ cdef class Fusion:
 
         # Slots: those in use (capacity), those waiting (capacity + 1), and the held position (the last slot).
         self.slot_count = 2 * self.capacity + 2
-        self.history_spacing = 0.004
-        self.history_size = <int>(history / self.history_spacing) + 2
+        self.history.spacing = 0.004
+        self.history.size = <int>(history / self.history.spacing) + 2
         per_slot = 2 * (horizon + 1) * A
         self.slots = <Knots *>calloc(self.slot_count, sizeof(Knots))
         self.played = <bint *>calloc(self.slot_count, sizeof(bint))
@@ -147,7 +149,7 @@ cdef class Fusion:
         self.chosen = <int *>calloc(self.capacity, sizeof(int))
         self.weights = <double *>calloc(self.capacity, sizeof(double))
         self.memory = <double *>calloc(
-            <size_t>self.slot_count * per_slot + 12 * A + <size_t>self.history_size * (A + 1), sizeof(double)
+            <size_t>self.slot_count * per_slot + 12 * A + <size_t>self.history.size * (A + 1), sizeof(double)
         )
         if (self.slots == NULL or self.played == NULL or self.queue == NULL or self.active == NULL
                 or self.chosen == NULL or self.weights == NULL or self.memory == NULL):
@@ -171,8 +173,8 @@ cdef class Fusion:
         self.ahead.rate = cursor + 10 * A
         self.ahead.curve = cursor + 11 * A
         cursor += 12 * A
-        self.history_tau = cursor
-        self.history = cursor + self.history_size
+        self.history.tau = cursor
+        self.history.values = cursor + self.history.size
         for i in range(self.capacity):
             self.weights[i] = exp(-ensemble_decay * i)
 
@@ -216,9 +218,9 @@ cdef class Fusion:
         fade_clear(&self.fade, A)
         memcpy(self.fused, hold.actions, A * sizeof(double))
         memset(self.fused_rate, 0, A * sizeof(double))
-        self.history_count = 0
-        self.history_next = 0
-        self._remember()
+        self.history.count = 0
+        self.history.next = 0
+        history_add(&self.history, A, tau, self.fused)
         self.stood = True
         self.anchored = True
         return 0
@@ -343,7 +345,7 @@ cdef class Fusion:
         for row in range(rows):
             due = tau_observation + (row + first_step) * dt
             if due <= self.tau_now:
-                self._recall(due, prefix + row * A)
+                history_at(&self.history, self.layout, due, self.tau_now, self.fused, prefix + row * A)
             else:
                 fade_advance(&self.ahead, self.layout, due - at)
                 at = due
@@ -536,14 +538,14 @@ cdef class Fusion:
             fade_apply(&self.fade, self.layout, self.base, self.base_rate, self.fused, self.fused_rate)
             changed = True
         self.tau_now = tau
-        self._remember()
+        history_add(&self.history, self.layout.size, tau, self.fused)
         return changed
 
     cdef void _change(self, int count, double tau) noexcept nogil:
         """The chosen slots become the base; the offset takes up the difference to what is fused now."""
         cdef int place
-        # A robot that stands has no velocity to keep, whatever the slope of the path it stands on: its way in tau starts
-        # along the new base, and continuity in host time is the clock's, whose rate is near 0.
+        # A robot that stands has no velocity to keep, whatever the slope of the path it stands on: its way in tau
+        # starts along the new base, and continuity in host time is the clock's, whose rate is near 0.
         fade_capture(&self.fade, self.layout, self.fused, self.fused_rate, self.base, self.base_rate)
         if self.stood:
             fade_stand(&self.fade, self.layout)
@@ -557,42 +559,6 @@ cdef class Fusion:
             if self.mode == ENSEMBLE and self.slots[self.queue[0]].tau_last >= tau:
                 self.counters.evicted += 1
             self._unqueue(0)
-
-    cdef void _remember(self) noexcept nogil:
-        """Keep the present output for committed prefixes, at a spacing that does not depend on the servo's rate."""
-        cdef int A = self.layout.size
-        cdef int newest = (self.history_next + self.history_size - 1) % self.history_size
-        if self.history_count and self.tau_now - self.history_tau[newest] < self.history_spacing:
-            return
-        self.history_tau[self.history_next] = self.tau_now
-        memcpy(self.history + self.history_next * A, self.fused, A * sizeof(double))
-        self.history_next = (self.history_next + 1) % self.history_size
-        self.history_count = min(self.history_count + 1, self.history_size)
-
-    cdef void _recall(self, double tau, double *value) noexcept nogil:
-        """What was fused at a past tau, linear between what was kept; the oldest kept before that."""
-        cdef int A = self.layout.size
-        cdef int i, back, index
-        cdef double later_tau = self.tau_now
-        cdef const double *later = self.fused
-        cdef const double *earlier
-        cdef double share, span
-        for back in range(1, self.history_count + 1):
-            index = (self.history_next + self.history_size - back) % self.history_size
-            if self.history_tau[index] <= tau:
-                earlier = self.history + index * A
-                span = later_tau - self.history_tau[index]
-                share = (tau - self.history_tau[index]) / span if span > 0 else 0
-                for i in range(A):
-                    value[i] = earlier[i] + share * (later[i] - earlier[i])
-                break
-            later_tau = self.history_tau[index]
-            later = self.history + index * A
-        else:
-            memcpy(value, later, A * sizeof(double))
-        for i in range(A):
-            if self.layout.kind[i] == ROT6D and orthonormalise(value + i, NULL):
-                memcpy(value + i, later + i, 6 * sizeof(double))
 
     # -------------------------------------------------------------------------------- the same, for tests and plots
 

@@ -12,8 +12,8 @@ def prefix_weights(horizon: int, committed: int, overlap: int, schedule: Schedul
     """[H] float64 in [0, 1]: 1 for the committed rows, falling to 0 at the end of the overlap, 0 after it.
 
     ``committed``: rows that will be executed before the new chunk arrives (d); ``overlap``: rows for which the present
-    plan has an action (H - s); an overlap shorter than the delay wins. With c = (H-s-i) / (H-s-d+1), after the committed
-    rows:
+    plan has an action (H - s); an overlap shorter than the delay wins. After the committed rows, with
+    c = (H-s-i) / (H-s-d+1):
 
     - ``exp``: c (e^c - 1) / (e - 1), Equation 5 of Black, Galliker and Levine, "Real-Time Execution of Action Chunking
       Flow Policies" (2025). It weighs a guidance gradient, and it leaves 1 at a slope;

@@ -14,7 +14,6 @@ is a stop along the path and not a step in velocity.
 """
 
 from libc.math cimport INFINITY, fabs, fmax, fmin, isfinite, sqrt
-from libc.stdint cimport uint64_t
 
 # Longer than any ramp that a clock accepts (max_rate / max_acceleration <= 1e3 s is checked), so "until at rest" is
 # one evaluation of the profile. Finite, because 0 * inf is NaN.
@@ -120,7 +119,7 @@ cdef class TauClock:
         """
         cdef TauState trial, slowest
         cdef double low, high, middle
-        cdef int i
+        cdef int _
         if not dt_host > 0:
             return self.state.tau
         if dt_host > self.longest_tick:
@@ -141,7 +140,7 @@ cdef class TauClock:
                 # The largest target from which the end can still be met; a fixed count keeps the tick's cost bounded.
                 low = 0
                 high = target_rate
-                for i in range(48):
+                for _ in range(48):
                     middle = (low + high) / 2
                     slowest = self._stepped(self.state, middle, dt_host)
                     if slowest.tau + self._stopping_from(slowest) <= tau_end:
