@@ -48,9 +48,14 @@ NONFINITE = 6
 TIME = 7
 FOLLOWING = 8
 
-# Rounding takes up to 1e-6 of the jerk limit of a joint that stands at 3 rad in 1 ms steps (three differences of
-# numbers known to 4e-16); aiming inside by this share keeps the executed differences under the limits themselves.
+# Limits are aimed inside by this share: the closed forms of a stop and its execution differ in rounding.
 SLACK = 2e-6
+# A command is known to half a unit in its last place, 2^-53 of its size, and a third difference sums eight of them; as
+# much again for the judge's own arithmetic. Divided by dt, dt^2 and dt^3 this is what rounding can add to a measured
+# velocity, acceleration and jerk.
+GRAIN = 2.0**-49
+# A limit of which rounding takes more than this share cannot be kept at this period.
+WORST_GRAIN = 0.01
 # Likewise for positions (rad or m): a stop of hundreds of steps accumulates about 1e-13.
 EDGE = 1e-9
 # A command within this distance of the want (rad or m) is not reported as clipped.
@@ -150,10 +155,9 @@ def plan_stop(
     behind = min(0.0, end)
     if v < 0.0:
         # Still moving the other way: displacement is lowest at the last sample with a velocity below zero.
-        m = n1
-        root = (a - down / 2.0) * (a - down / 2.0) + 2.0 * down * pace
-        if root >= 0.0:
-            m = min(n1, float(floor(-2.0 * pace / ((a - down / 2.0) + sqrt(root)))))
+        # (The ramp reaches zero velocity by the choice of side; the clamp is for rounding where it only touches it.)
+        root = sqrt(max(0.0, (a - down / 2.0) * (a - down / 2.0) + 2.0 * down * pace))
+        m = min(n1, float(floor(-2.0 * pace / (a - down / 2.0 + root))))
         behind = min(
             behind, dt * (m * v + dt * (a * m * (m + 1.0) / 2.0 - down * m * (m + 1.0) * (m + 2.0) / 6.0))
         )
@@ -244,12 +248,20 @@ class Limiter:
                 raise ValueError(f"joint {i}: lower {self.lower[i]} is not below upper {self.upper[i]}")
         velocities = _positive("velocity", velocity, n)
         steps = _positive("step", nothing if step is None else step, n)
-        self.velocity = array("d", [min(velocities[i], steps[i] / self.dt) * (1.0 - SLACK) for i in range(n)])
-        self.top = array("d", [x * (1.0 - SLACK) for x in _finite_positive("acceleration", acceleration, n)])
-        self.change = array("d", [x * self.dt * (1.0 - SLACK) for x in _finite_positive("jerk", jerk, n)])
+        self.velocity = array("d", [min(velocities[i], steps[i] / self.dt) for i in range(n)])
+        self.top = _finite_positive("acceleration", acceleration, n)
+        self.change = _finite_positive("jerk", jerk, n)
+        for i in range(n):
+            grain = GRAIN * max(fabs(self.lower[i]), fabs(self.upper[i])) / self.dt
+            if grain / self.dt / self.dt > WORST_GRAIN * self.change[i]:
+                raise ValueError(f"jerk of joint {i}: {self.change[i]} is lost in rounding at a period of {period_ns} ns")
+            self.velocity[i] = self.velocity[i] * (1.0 - SLACK) - grain
+            # Twice the share: where acceleration is a whole number of jerk steps, the quotient must not round above it.
+            self.top[i] = self.top[i] * (1.0 - 2.0 * SLACK) - grain / self.dt
+            self.change[i] = self.change[i] * self.dt * (1.0 - SLACK) - grain / self.dt
+            if not (0.0 < self.velocity[i] and isfinite(self.velocity[i]) and 0.0 < self.top[i]):
+                raise ValueError(f"joint {i}: velocity and acceleration limits must be finite and above rounding")
         self.lag = _positive("lag", nothing if lag is None else lag, n)
-        if not all(isfinite(x) for x in self.velocity):
-            raise ValueError(f"velocity limits must be finite, found {list(velocities)}")
         offset, deceleration, low, high = [[0.0] * n] * 4 if curve is None else curve
         self.curve_offset = _finite("curve offset", offset, n)
         self.curve_gain = array("d", [2.0 * x for x in _finite("curve deceleration", deceleration, n)])
@@ -580,11 +592,10 @@ class Limiter:
         # The curve falls towards the limit, so its value at the furthest point bounds the whole stop: the usual case.
         if (fastest + offset) * (fastest + offset) <= gain * (room - furthest):
             return True
+        # Else phase by phase, which is worth it on the side on which the stop ends; on the other it is on its way back.
         hold = -side * self.fresh[at + HOLD]
-        if hold <= 0.0:
-            return False
         ramped = max(0.0, side * self.fresh[at + RAMPED])
-        if (fastest + offset) * (fastest + offset) > gain * (room - ramped):
+        if hold <= 0.0 or (fastest + offset) * (fastest + offset) > gain * (room - ramped):
             return False
         # While holding, the distance under the curve is smallest at one speed (or at an end of the phase).
         entry = side * self.fresh[at + ENTRY]
