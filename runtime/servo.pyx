@@ -1,0 +1,559 @@
+"""The servo: one loop per rig, without the GIL, that turns chunks into limited commands at native rate (DESIGN 4.5, 4.6).
+
+A tick, in this order:
+
+    gate         time, mode, lease, emergency stop, the arms' states: every reason not to move
+    chunk        the newest chunk from the mailbox into the fused trajectory
+    tau          trajectory time towards the wanted rate: 0 for any reason, the operator's speed else
+    fuse         the fused action at tau, or the first target during an approach
+    kinematics   action -> axis targets, one arm after the other
+    track        jerk-limited
+    limit        the last word; or every axis brakes by itself
+    command      one slot per arm
+    state        the arms' state slots
+    report       committed prefix, status, telemetry
+
+No reason ever means "no command": tau ramps to 0 along the path, then the last command is repeated. All arms share one
+tau, so what stops one stops all. Reasons in LATCHING outlast their cause: only an arming ends them, and the motion after
+an arming is an approach: tau stands while the arms go to the newest chunk's first due action at a share of their limits.
+
+`c_tick` computes from what it is given and from shared memory; it reads the clock to account for its own cost only, so
+that a test can tick through hours of virtual time in seconds. It allocates nothing and touches no Python object.
+"""
+
+from libc.math cimport NAN
+from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+import numpy as np
+
+from chatvla_edge.runtime.arm_servo cimport NOT_STANDING, ArmServo
+from chatvla_edge.runtime.chunks cimport ACCEPTED, ChunkHeader
+from chatvla_edge.runtime.fusion cimport SAMPLE_STARVED, SAMPLE_UNANCHORED
+from chatvla_edge.runtime.histogram cimport Histogram, c_percentile, c_record
+from chatvla_edge.runtime.limits cimport FOLLOWING, NONFINITE
+from chatvla_edge.runtime.mailbox cimport PrefixHeader, c_publish_prefix, c_take_chunk
+from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
+from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
+from chatvla_edge.runtime.servo_records cimport (
+    BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP, BECAUSE_HOLD,
+    BECAUSE_IDLE, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_SOFT_STOP, BECAUSE_STALLED, BECAUSE_START_REFUSED,
+    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, MOST_ARMS, SERVO_APPROACHING,
+    SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, WANT_HOLD, WANT_IDLE, WANT_SOFT_STOP,
+    WANT_TRACK, StatusRecord, TelemetryHeader,
+)
+from chatvla_edge.runtime.slots cimport CELL_NEW, c_publish, c_read_latest, load_relaxed, store_relaxed
+
+from chatvla_edge.runtime.arm_servo import ArmServo as make_arm
+from chatvla_edge.runtime.fusion import Fusion as make_fusion
+from chatvla_edge.runtime.knots import ActionLayout
+from chatvla_edge.runtime.servo_records import COMMAND, MODE, STATE, STATUS, telemetry
+from chatvla_edge.runtime.tau import TauClock as make_clock
+
+STEP_NAMES = (
+    "gate", "chunk", "tau", "fuse", "kinematics", "track", "limit", "command", "state", "report",
+)
+assert len(STEP_NAMES) == STEP_COUNT
+
+# As LATCHING in servo_records.pyx, and those of them for which the path is left: every axis brakes by itself.
+cdef uint64_t LATCHING_BITS = (
+    1 << BECAUSE_SOFT_STOP | 1 << BECAUSE_NO_LEASE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_STATE_STALE
+    | 1 << BECAUSE_ARM_FAULT | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
+)
+cdef uint64_t BRAKING_BITS = 1 << BECAUSE_ESTOP | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
+# Percentiles in the status are taken anew this often; one takes about a microsecond.
+cdef uint64_t REFRESH = 64
+# Chunks carry a tau that was read from this servo; a microsecond covers rounding on the way.
+cdef double TAU_NOISE = 1e-6
+
+
+cdef class Servo:
+    """A rig's servo. ``plan``: a `ServoPlan`; ``wires``: a `ServoWires` of segments of matching shape.
+
+    Raises ValueError for a plan or segments that do not fit, BlockingIOError where another servo writes already.
+    """
+
+    def __init__(self, plan, wires):
+        cdef int i
+        cdef size_t H = plan.horizon
+        cdef size_t A = len(plan.components)
+        cdef size_t J = plan.axes
+        if len(wires.arms) != len(plan.arms):
+            raise ValueError(f"wires for {len(wires.arms)} arms; the plan has {len(plan.arms)}")
+        self.plan = plan
+        self.actions = <int>A
+        self.axes = <Py_ssize_t>J
+        self.period_ns = plan.period_ns
+        self.period = 1e-9 * self.period_ns
+        self.gap_ns = round(1e9 * plan.gap)
+        self.chunk_budget_ns = round(1e9 * plan.chunk_budget)
+        self.rest_ticks = round(plan.rest * plan.rate)
+        self.prefix_ticks = max(1, round(0.01 * plan.rate))
+        self.approach_speed = plan.approach_speed
+        self.first_step = plan.first_step
+        self.action_dt = plan.action_dt
+        self.sync = plan.fusion.mode == "sync"
+
+        self.lease = Lease.attach(wires.lease)
+        self.estop = EmergencyStop.attach(wires.estop)
+        self.mode_slot = Slot.attach(wires.mode, MODE.itemsize)
+        self.status_slot = Slot.attach(wires.status, STATUS.itemsize, write=True)
+        self.mailbox = ChunkMailbox.attach(wires.chunks, H, A)
+        self.lease_page = self.lease.page
+        self.stop_page = self.estop.page
+        self.mode_cells = self.mode_slot.cells
+        self.status_cells = self.status_slot.cells
+        self.box = self.mailbox.box
+        if wires.prefix is not None:
+            self.prefix_slot = PrefixSlot.attach(wires.prefix, H, A, write=True)
+            self.prefix_box = self.prefix_slot.box
+        if wires.telemetry is not None:
+            row = telemetry(A, J)
+            self.telemetry_ring = Ring.attach(wires.telemetry, row.itemsize, wires.telemetry_rows, write=True)
+            self.telemetry_cells = self.telemetry_ring.cells
+
+        self.arms = [
+            make_arm(
+                arm, Slot.attach(command, COMMAND.itemsize, write=True), Slot.attach(state, STATE.itemsize),
+                period_ns=self.period_ns, action_dim=A, margin=plan.margin, gap_ns=self.gap_ns,
+            )
+            for arm, (command, state) in zip(plan.arms, wires.arms, strict=True)
+        ]
+        self.arm_count = len(self.arms)
+        for i in range(self.arm_count):
+            self.arm[i] = <void *>self.arms[i]
+        fusion = plan.fusion
+        self.fusion = make_fusion(
+            ActionLayout(plan.components, plan.gripper_range), H, mode=fusion.mode, cubic=fusion.cubic,
+            fade=fusion.fade, gripper_fade=fusion.gripper_fade, ensemble_decay=fusion.ensemble_decay,
+            capacity=fusion.capacity, sync_actions=fusion.sync_actions, prefix_schedule=fusion.prefix_schedule,
+        )
+        self.clock = make_clock(
+            max_acceleration=plan.tau_acceleration, longest_tick=2 * self.period,
+            **({} if plan.tau_jerk is None else {"max_jerk": plan.tau_jerk}),
+        )
+
+        # One block: two chunks, action and rate, prefix and mask, the telemetry row.
+        self.memory = <double *>calloc(
+            3 * H * A + 2 * A + H + sizeof(TelemetryHeader) // 8 + 2 * A + 4 * J, sizeof(double)
+        )
+        if self.memory is NULL:
+            raise MemoryError
+        self.rows = self.memory
+        self.inbox = self.rows + H * A
+        self.prefix = self.inbox + H * A
+        self.mask = self.prefix + H * A
+        self.fused = self.mask + H
+        self.fused_rate = self.fused + A
+        self.row = <TelemetryHeader *>(self.fused_rate + A)
+        memset(&self.status, 0, sizeof(StatusRecord))
+        self.standing = True
+        self.approach = True
+        for i in range(self.arm_count):
+            (<ArmServo>self.arm[i]).read_state()
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    # ---------------------------------------------------------------------------------------------------- the tick
+
+    cdef void c_tick(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
+        """One tick for the deadline ``tick_ns`` at host time ``now_ns``; ``tick_ns`` grows by whole periods."""
+        cdef int64_t begun = c_now_ns(), mark = begun
+        cdef uint64_t reasons
+        cdef double wanted_rate
+        cdef int i, clipped = 0
+        self.status.tick += 1
+
+        reasons = self._gate(tick_ns, now_ns)
+        mark = self._account(STEP_GATE, mark)
+
+        reasons |= self._take_chunk(now_ns)
+        mark = self._account(STEP_CHUNK, mark)
+
+        if self.moving:
+            wanted_rate = self._wanted_rate(reasons)
+            self.clock.c_advance(self.period, wanted_rate, self.fusion.c_path_end())
+            mark = self._account(STEP_TAU, mark)
+
+            reasons |= self._fuse()
+            mark = self._account(STEP_FUSE, mark)
+
+            for i in range(self.arm_count):
+                if not (<ArmServo>self.arm[i]).aim(self.fused):
+                    reasons |= 1 << BECAUSE_UNREACHABLE
+            mark = self._account(STEP_KINEMATICS, mark)
+
+            for i in range(self.arm_count):
+                (<ArmServo>self.arm[i]).track()
+            mark = self._account(STEP_TRACK, mark)
+
+            clipped = self._limit(tick_ns)
+            mark = self._account(STEP_LIMIT, mark)
+        else:
+            wanted_rate = 0
+
+        for i in range(self.arm_count):
+            (<ArmServo>self.arm[i]).publish(self.status.tick, self.moving, self.status.arming, tick_ns, now_ns)
+        mark = self._account(STEP_COMMAND, mark)
+
+        for i in range(self.arm_count):
+            (<ArmServo>self.arm[i]).read_state()
+        mark = self._account(STEP_STATE, mark)
+
+        self.status.doing = self._doing(wanted_rate)
+        self.status.reasons = reasons
+        self.status.latched |= reasons if self.moving else 0
+        if self.prefix_slot is not None and self.status.tick % self.prefix_ticks == 0:
+            self._publish_prefix(now_ns)
+        self._publish_status(tick_ns, now_ns)
+        if self.telemetry_ring is not None:
+            self._publish_telemetry(tick_ns, now_ns, clipped)
+        mark = self._account(STEP_REPORT, mark)
+        self.last_tick_ns = tick_ns
+        c_record(&self.cost, mark - begun)
+        self.row.cost_ns = mark - begun
+
+    cdef uint64_t _gate(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
+        """Every reason not to move that is known before the chunks; arms the robot where the mode asks for it."""
+        cdef uint64_t bits = 0
+        cdef uint64_t wanted, arming = self.status.arming
+        cdef bint asked
+        cdef Stamp stamp
+        cdef int i
+        if c_read_latest(&self.mode_cells, self.mode_seen, &self.mode_scratch, &stamp) == CELL_NEW:
+            self.mode = self.mode_scratch
+            self.mode_seen = stamp.sequence
+        wanted = self.mode.wanted
+        if self.mode_seen == 0 or load_relaxed(&self.quitting):
+            wanted = WANT_IDLE
+        elif wanted > WANT_SOFT_STOP or not 0 < self.mode.speed <= 1:
+            wanted = WANT_SOFT_STOP
+            bits |= 1 << BECAUSE_DAMAGED_MODE
+        asked = self.mode.arming > arming and (wanted == WANT_HOLD or wanted == WANT_TRACK)
+        if asked:
+            arming = self.mode.arming
+
+        if not c_lease_valid(&self.lease_page, now_ns):
+            bits |= 1 << BECAUSE_NO_LEASE
+        if c_stop_raised(&self.stop_page):
+            bits |= 1 << BECAUSE_ESTOP
+        for i in range(self.arm_count):
+            bits |= (<ArmServo>self.arm[i]).condition(now_ns, arming)
+        if asked and not bits & LATCHING_BITS:
+            bits |= self._arm(tick_ns)
+        elif self.moving and tick_ns - self.last_tick_ns > self.gap_ns:
+            bits |= 1 << BECAUSE_STALLED
+
+        if wanted == WANT_IDLE:
+            bits |= 1 << BECAUSE_IDLE
+            if self.moving and self.standing and self.clock.state.rate == 0:
+                self.moving = False
+        elif wanted == WANT_HOLD:
+            bits |= 1 << BECAUSE_HOLD
+        elif wanted == WANT_SOFT_STOP:
+            bits |= 1 << BECAUSE_SOFT_STOP
+        if not self.moving:
+            bits |= 1 << BECAUSE_UNARMED
+        else:
+            bits |= self.status.latched & LATCHING_BITS
+            if self.mode.epoch > self.status.epoch and self.fusion.c_set_epoch(self.mode.epoch) == 0:
+                self.status.epoch = self.mode.epoch
+                self.has_chunk = False
+        self.braking = (bits & BRAKING_BITS) != 0
+        return bits
+
+    cdef uint64_t _arm(self, int64_t tick_ns) noexcept nogil:
+        """Begin anew at rest where the arms are. 0, or why not."""
+        cdef int i
+        # Re-arming in motion would begin at rest in the middle of it.
+        if not self.standing or self.clock.state.rate != 0:
+            return 0
+        for i in range(self.arm_count):
+            if not (<ArmServo>self.arm[i]).start(tick_ns):
+                self.moving = False
+                return 1 << BECAUSE_START_REFUSED
+        for i in range(self.arm_count):
+            (<ArmServo>self.arm[i]).locate(self.fused)
+            (<ArmServo>self.arm[i]).slow(self.approach_speed)
+        if self.fusion.c_reset(self.mode.epoch, self.clock.state.tau, self.fused):
+            self.moving = False
+            return 1 << BECAUSE_START_REFUSED
+        self.moving = True
+        self.approach = True
+        self.has_chunk = False
+        self.stood = 0
+        self.status.arming = self.mode.arming
+        self.status.epoch = self.mode.epoch
+        self.status.latched = 0
+        self.status.clipped_kinds = 0
+        return 0
+
+    cdef uint64_t _take_chunk(self, int64_t now_ns) noexcept nogil:
+        """Push the newest chunk into the fused trajectory; what its age or absence means."""
+        cdef ChunkHeader header
+        cdef int verdict
+        cdef double *rows
+        if c_take_chunk(&self.box, &self.chunk_seen, &self.posted, self.inbox, &self.posted_stamp) == CELL_NEW:
+            header.epoch = self.posted.epoch
+            header.sequence = self.posted_stamp.sequence
+            header.tau_observation = self.posted.tau_observation
+            header.dt = self.posted.dt
+            header.rows = <int32_t>self.posted.n_actions
+            header.first_step = <int32_t>self.posted.first_step
+            if header.first_step != self.posted.first_step:
+                header.first_step = INT32_MAX  # refused as malformed
+            verdict = self.fusion.c_push(&header, self.inbox)
+            self.status.last_verdict = verdict
+            if verdict == ACCEPTED:
+                self.status.chunks_taken += 1
+                rows = self.rows
+                self.rows = self.inbox
+                self.inbox = rows
+                self.header = header
+                self.observed_ns = self.posted_stamp.captured_ns
+                self.has_chunk = True
+                self.delay = max(0.9 * self.delay, min(1e-9 * (now_ns - self.observed_ns), 10.0))
+            else:
+                self.status.chunks_refused += 1
+        if not self.has_chunk:
+            return 1 << BECAUSE_STARVED
+        c_record(&self.chunk_age, now_ns - self.observed_ns)
+        return 1 << BECAUSE_CHUNK_STALE if now_ns - self.observed_ns > self.chunk_budget_ns else 0
+
+    cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil:
+        """The rate that tau shall have, and whether this tick belongs to an approach."""
+        cdef double rate = 0 if reasons else self.mode.speed
+        self.stood = self.stood + 1 if self.clock.state.rate == 0 else 0
+        if self.stood and (reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks):
+            if not self.approach:
+                self.approach = True
+        self.approaching = self.approach and rate > 0 and self.clock.state.rate == 0
+        return 0 if self.approach else rate
+
+    cdef uint64_t _fuse(self) noexcept nogil:
+        """The action wanted now, into `fused`."""
+        cdef int flags, i
+        for i in range(self.arm_count):
+            (<ArmServo>self.arm[i]).slow(self.approach_speed if self.approach else 1.0)
+        if self.approaching:
+            memcpy(
+                self.fused, self.rows + self._due_row(self.clock.state.tau, True) * self.actions,
+                self.actions * sizeof(double),
+            )
+            return 1 << BECAUSE_APPROACH
+        if self.approach:
+            return 0  # nothing to approach yet: stay
+        flags = self.fusion.c_sample(self.clock.state.tau, self.fused, self.fused_rate)
+        if flags & SAMPLE_UNANCHORED:
+            return 1 << BECAUSE_LIMITS
+        return 1 << BECAUSE_STARVED if flags & SAMPLE_STARVED else 0
+
+    cdef int _limit(self, int64_t tick_ns) noexcept nogil:
+        """Tracked to limited for all arms, or all brake. Bits of limits.KINDS."""
+        cdef int i, one, clipped = 0
+        self.standing = True
+        for i in range(self.arm_count):
+            if self.braking:
+                one = (<ArmServo>self.arm[i]).brake(tick_ns)
+            else:
+                one = (<ArmServo>self.arm[i]).limit(tick_ns)
+            if one & NOT_STANDING:
+                self.standing = False
+            clipped |= one & (NOT_STANDING - 1)
+        if clipped:
+            self.status.clipped_ticks += 1
+            self.status.clipped_kinds |= <uint64_t>clipped
+            # The limiter brakes that arm already; with the next tick all do.
+            if clipped & (1 << NONFINITE | 1 << FOLLOWING):
+                self.status.latched |= 1 << BECAUSE_LIMITS
+        if self.approaching:
+            self._finish_approach(clipped)
+        return clipped
+
+    cdef void _finish_approach(self, int clipped) noexcept nogil:
+        """Let tau run from here once every arm is at the first target, or as near as the limits let it come."""
+        cdef int i
+        if not (clipped and self.standing):
+            for i in range(self.arm_count):
+                if not (<ArmServo>self.arm[i]).arrived():
+                    return
+        # The path begins anew at the first target, with the newest chunk ahead of it.
+        self.fusion.c_reset(self.status.epoch, self.clock.state.tau, self.fused)
+        self.fusion.c_push(&self.header, self.rows)
+        self.approach = False
+        self.stood = 0
+
+    cdef uint64_t _doing(self, double wanted_rate) noexcept nogil:
+        if not self.moving:
+            return SERVO_IDLE
+        if self.braking and not self.standing:
+            return SERVO_BRAKING
+        if self.approaching:
+            return SERVO_APPROACHING
+        if self.clock.state.rate > 0 and wanted_rate > 0:
+            return SERVO_TRACKING
+        if self.clock.state.rate > 0 or not self.standing:
+            return SERVO_STOPPING
+        return SERVO_STANDING
+
+    cdef int _due_row(self, double tau, bint next) noexcept nogil:
+        """The row of the newest accepted chunk that is due next at ``tau`` (``next``), or was due last."""
+        cdef double step
+        cdef int row, last = self.header.rows - 1
+        if self.sync and next:
+            return 0
+        step = (tau - self.header.tau_observation) / self.header.dt - self.header.first_step
+        step = min(max(step, 0.0), <double>last)
+        row = <int>step
+        if next and row < last and step - row > TAU_NOISE:
+            row += 1
+        return row
+
+    # ------------------------------------------------------------------------------------------------------ reports
+
+    cdef void _publish_prefix(self, int64_t now_ns) noexcept nogil:
+        cdef PrefixHeader header
+        cdef double tau = self.clock.state.tau
+        self.fusion.c_committed_prefix(
+            tau, self.first_step, self.action_dt, <int>self.prefix_box.horizon, self.delay * self.clock.state.rate,
+            self.prefix, self.mask,
+        )
+        header.epoch = self.status.epoch
+        header.tau = tau + self.first_step * self.action_dt
+        header.dt = self.action_dt
+        c_publish_prefix(&self.prefix_box, &header, self.prefix, self.mask, now_ns, now_ns)
+
+    cdef void _publish_status(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
+        cdef StatusRecord *status = &self.status
+        cdef double left
+        cdef int i
+        status.tick_ns = tick_ns
+        status.tau = self.clock.state.tau
+        status.tau_rate = self.clock.state.rate
+        status.speed = self.mode.speed
+        left = self.fusion.c_path_end() - status.tau
+        status.path_left = left if left > 0 else 0
+        status.chunk = self.fusion.c_sequence()
+        status.chunk_age_ns = now_ns - self.observed_ns if self.has_chunk else -1
+        for i in range(self.arm_count):
+            status.state_age_ns[i] = (<ArmServo>self.arm[i]).age_ns(now_ns)
+            status.arm_faults[i] = (<ArmServo>self.arm[i]).faults()
+        status.lateness_max_ns = self.lateness.largest
+        status.cost_max_ns = self.cost.largest
+        # One percentile at a time, so that no tick pays for all.
+        if status.tick % REFRESH == 0:
+            i = <int>(status.tick // REFRESH % 4)
+            if i == 0:
+                status.lateness_p50_ns = c_percentile(&self.lateness, 0.5)
+            elif i == 1:
+                status.lateness_p99_ns = c_percentile(&self.lateness, 0.99)
+            elif i == 2:
+                status.cost_p50_ns = c_percentile(&self.cost, 0.5)
+            else:
+                status.cost_p99_ns = c_percentile(&self.cost, 0.99)
+        c_publish(&self.status_cells, status, now_ns, tick_ns)
+
+    cdef void _publish_telemetry(self, int64_t tick_ns, int64_t now_ns, int clipped) noexcept nogil:
+        cdef TelemetryHeader *row = self.row
+        cdef double *raw = <double *>(row + 1)
+        cdef double *tracked = raw + 2 * self.actions
+        cdef Py_ssize_t i, at = 0
+        row.tick = self.status.tick
+        row.tick_ns = tick_ns
+        row.late_ns = now_ns - tick_ns
+        row.doing = self.status.doing
+        row.reasons = self.status.reasons
+        row.clipped = <uint64_t>clipped
+        row.chunk = self.status.chunk
+        row.tau = self.clock.state.tau
+        row.tau_rate = self.clock.state.rate
+        if self.has_chunk:
+            memcpy(
+                raw, self.rows + self._due_row(self.clock.state.tau, False) * self.actions,
+                self.actions * sizeof(double),
+            )
+        else:
+            for i in range(self.actions):
+                raw[i] = NAN
+        memcpy(raw + self.actions, self.fused, self.actions * sizeof(double))
+        for i in range(self.arm_count):
+            at += (<ArmServo>self.arm[i]).report(
+                tracked + at, tracked + self.axes + at, tracked + 2 * self.axes + at, tracked + 3 * self.axes + at
+            )
+        c_publish(&self.telemetry_cells, row, now_ns, tick_ns)
+
+    cdef int64_t _account(self, int step, int64_t since_ns) noexcept nogil:
+        cdef int64_t now = c_now_ns()
+        c_record(&self.steps[step], now - since_ns)
+        return now
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    cdef void c_run(self, int64_t first_ns, uint64_t ticks) noexcept nogil:
+        """Tick at absolute deadlines from ``first_ns`` on, until ``ticks`` are done or `quit` has brought it to rest.
+
+        A deadline that passed while the loop could not run is skipped and counted: late ticks one after the other
+        would move the arms faster than time passes.
+        """
+        cdef int64_t deadline = first_ns
+        cdef int64_t now, skipped
+        while ticks > 0 and not (load_relaxed(&self.quitting) and not self.moving):
+            c_sleep_until_ns(deadline)
+            now = c_now_ns()
+            c_record(&self.lateness, now - deadline)
+            skipped = (now - deadline) // self.period_ns
+            if skipped > 0:
+                self.status.overruns += <uint64_t>skipped
+                deadline += skipped * self.period_ns
+            self.c_tick(deadline, now)
+            deadline += self.period_ns
+            ticks -= 1
+
+    # --------------------------------------------------------------------------- what processes, tests and plots use
+
+    def run(self, ticks=None):
+        """Run the loop on this thread, without the GIL, until `quit` or ``ticks`` ticks."""
+        cdef uint64_t most = <uint64_t>-1 if ticks is None else ticks
+        cdef int64_t first = c_now_ns() + self.period_ns
+        with nogil:
+            self.c_run(first, most)
+
+    def tick(self, int64_t tick_ns, now_ns=None):
+        """One tick for the deadline ``tick_ns`` at host time ``now_ns`` (the deadline unless given)."""
+        cdef int64_t now = tick_ns if now_ns is None else now_ns
+        with nogil:
+            self.c_tick(tick_ns, now)
+
+    def quit(self):
+        """Let `run` return once the arms have come to rest along their path; from any thread."""
+        store_relaxed(&self.quitting, 1)
+
+    def read_status(self):
+        """The status as of the last tick, one record of `servo_records.STATUS`."""
+        copy = np.zeros((), STATUS)
+        cdef unsigned char[::1] view = np.atleast_1d(copy).view(np.uint8)
+        memcpy(&view[0], &self.status, sizeof(StatusRecord))
+        return copy
+
+    def histograms(self):
+        """Copies: ``lateness``, ``cost``, ``chunk_age``, and one for each of STEP_NAMES, in ns."""
+        cdef int i
+        found = {"lateness": copied(&self.lateness), "cost": copied(&self.cost), "chunk_age": copied(&self.chunk_age)}
+        for i, name in enumerate(STEP_NAMES):
+            found[name] = copied(&self.steps[i])
+        return found
+
+    def clear_histograms(self):
+        """Forget what was counted so far: benchmarks leave their first ticks out."""
+        memset(&self.lateness, 0, sizeof(Counts))
+        memset(&self.cost, 0, sizeof(Counts))
+        memset(&self.chunk_age, 0, sizeof(Counts))
+        memset(self.steps, 0, sizeof(self.steps))
+
+
+cdef Histogram copied(const Counts *counts):
+    cdef Histogram histogram = Histogram()
+    memcpy(&histogram.counts, counts, sizeof(Counts))
+    return histogram
