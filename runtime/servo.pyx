@@ -37,11 +37,11 @@ from chatvla_edge.runtime.mailbox cimport PrefixHeader, c_publish_prefix, c_take
 from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
 from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
 from chatvla_edge.runtime.servo_records cimport (
-    BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP, BECAUSE_HOLD,
-    BECAUSE_IDLE, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_SOFT_STOP, BECAUSE_STALLED, BECAUSE_START_REFUSED,
-    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, MOST_ARMS, SERVO_APPROACHING,
-    SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, WANT_HOLD, WANT_IDLE, WANT_SOFT_STOP,
-    WANT_TRACK, StatusRecord, TelemetryHeader,
+    BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP,
+    BECAUSE_HOLD, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_REST, BECAUSE_STALLED, BECAUSE_START_REFUSED,
+    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, MOST_ARMS,
+    SERVO_APPROACHING, SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord,
+    TelemetryHeader, WANT_BRAKE, WANT_HOLD, WANT_REST, WANT_STOP, WANT_TRACK,
 )
 from chatvla_edge.runtime.slots cimport CELL_NEW, c_publish, c_read_latest, load_relaxed, store_relaxed
 
@@ -58,10 +58,10 @@ assert len(STEP_NAMES) == STEP_COUNT
 
 # As LATCHING in servo_records.pyx, and those of them for which the path is left: every axis brakes by itself.
 cdef uint64_t LATCHING_BITS = (
-    1 << BECAUSE_SOFT_STOP | 1 << BECAUSE_NO_LEASE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_STATE_STALE
+    1 << BECAUSE_STOP | 1 << BECAUSE_BRAKE | 1 << BECAUSE_NO_LEASE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_STATE_STALE
     | 1 << BECAUSE_ARM_FAULT | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
 )
-cdef uint64_t BRAKING_BITS = 1 << BECAUSE_ESTOP | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
+cdef uint64_t BRAKING_BITS = 1 << BECAUSE_BRAKE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
 # Percentiles in the status are taken anew this often; one takes about a microsecond.
 cdef uint64_t REFRESH = 64
 # Chunks carry a tau that was read from this servo; a microsecond covers rounding on the way.
@@ -183,6 +183,8 @@ cdef class Servo:
             for i in range(self.arm_count):
                 if not (<ArmServo>self.arm[i]).aim(self.fused):
                     reasons |= 1 << BECAUSE_UNREACHABLE
+            if reasons & 1 << BECAUSE_UNREACHABLE:
+                self.status.unreachable_ticks += 1
             mark = self._account(STEP_KINEMATICS, mark)
 
             for i in range(self.arm_count):
@@ -203,6 +205,7 @@ cdef class Servo:
         mark = self._account(STEP_STATE, mark)
 
         self.status.doing = self._doing(wanted_rate)
+        self.status.standing = self.standing and self.clock.state.rate == 0
         self.status.reasons = reasons
         self.status.latched |= reasons if self.moving else 0
         if self.prefix_slot is not None and self.status.tick % self.prefix_ticks == 0:
@@ -227,9 +230,9 @@ cdef class Servo:
             self.mode_seen = stamp.sequence
         wanted = self.mode.wanted
         if self.mode_seen == 0 or load_relaxed(&self.quitting):
-            wanted = WANT_IDLE
-        elif wanted > WANT_SOFT_STOP or not 0 < self.mode.speed <= 1:
-            wanted = WANT_SOFT_STOP
+            wanted = WANT_REST
+        elif wanted > WANT_BRAKE or not 0 < self.mode.speed <= 1:
+            wanted = WANT_STOP
             bits |= 1 << BECAUSE_DAMAGED_MODE
         asked = self.mode.arming > arming and (wanted == WANT_HOLD or wanted == WANT_TRACK)
         if asked:
@@ -246,14 +249,16 @@ cdef class Servo:
         elif self.moving and tick_ns - self.last_tick_ns > self.gap_ns:
             bits |= 1 << BECAUSE_STALLED
 
-        if wanted == WANT_IDLE:
-            bits |= 1 << BECAUSE_IDLE
+        if wanted == WANT_REST:
+            bits |= 1 << BECAUSE_REST
             if self.moving and self.standing and self.clock.state.rate == 0:
                 self.moving = False
         elif wanted == WANT_HOLD:
             bits |= 1 << BECAUSE_HOLD
-        elif wanted == WANT_SOFT_STOP:
-            bits |= 1 << BECAUSE_SOFT_STOP
+        elif wanted == WANT_STOP:
+            bits |= 1 << BECAUSE_STOP
+        elif wanted == WANT_BRAKE:
+            bits |= 1 << BECAUSE_BRAKE
         if not self.moving:
             bits |= 1 << BECAUSE_UNARMED
         else:
@@ -262,14 +267,16 @@ cdef class Servo:
                 self.status.epoch = self.mode.epoch
                 self.has_chunk = False
         self.braking = (bits & BRAKING_BITS) != 0
+        self.status.wanted = wanted
+        self.status.mode = self.mode_seen
         return bits
 
     cdef uint64_t _arm(self, int64_t tick_ns) noexcept nogil:
         """Begin anew at rest where the arms are. 0, or why not."""
         cdef int i
-        # Re-arming in motion would begin at rest in the middle of it.
+        # Beginning at rest in the middle of a motion would be a step: first stop.
         if not self.standing or self.clock.state.rate != 0:
-            return 0
+            return 1 << BECAUSE_UNARMED
         for i in range(self.arm_count):
             if not (<ArmServo>self.arm[i]).start(tick_ns):
                 self.moving = False
@@ -365,6 +372,8 @@ cdef class Servo:
         if clipped:
             self.status.clipped_ticks += 1
             self.status.clipped_kinds |= <uint64_t>clipped
+            if clipped & 1 << NONFINITE:
+                self.status.nonfinite_ticks += 1
             # The limiter brakes that arm already; with the next tick all do.
             if clipped & (1 << NONFINITE | 1 << FOLLOWING):
                 self.status.latched |= 1 << BECAUSE_LIMITS

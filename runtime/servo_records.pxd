@@ -16,12 +16,13 @@ cdef enum:
     MOST_ARMS = 4
     MOST_AXES = 16  # joints of an arm and its gripper, as in `limits`
 
-# What the supervisor wants. A word that is none of these is damage and counts as WANT_SOFT_STOP.
+# What the supervisor wants (modes.Want). A word that is none of these is damage and counts as WANT_STOP.
 cdef enum:
-    WANT_IDLE = 0       # nothing is commanded: DISARMED, READY, FAULT
-    WANT_HOLD = 1       # commanded, standing; goes on from there when TRACK is wanted
-    WANT_TRACK = 2      # follow the chunks
-    WANT_SOFT_STOP = 3  # ramp to rest along the path and stay there until the next arming
+    WANT_REST = 0   # ramp to rest along the path, then command nothing
+    WANT_HOLD = 1   # ramp to rest along the path, commanded; goes on from there when TRACK is wanted
+    WANT_TRACK = 2  # follow the chunks
+    WANT_STOP = 3   # ramp to rest along the path and stay there, commanded, until the next arming
+    WANT_BRAKE = 4  # the shortest stop within limits, each axis by itself; likewise until the next arming
 
 # What the servo is doing.
 cdef enum:
@@ -34,9 +35,10 @@ cdef enum:
 
 # Why tau does not run at the wanted speed. Bits, in the order of REASONS. Those in LATCHING stay until the next arming.
 cdef enum Reason:
-    BECAUSE_IDLE = 0
+    BECAUSE_REST = 0
     BECAUSE_HOLD
-    BECAUSE_SOFT_STOP
+    BECAUSE_STOP
+    BECAUSE_BRAKE
     BECAUSE_NO_LEASE
     BECAUSE_ESTOP
     BECAUSE_UNARMED
@@ -100,7 +102,10 @@ cdef struct StateRecord:
 cdef struct StatusRecord:
     uint64_t tick
     int64_t tick_ns     # deadline of the tick, host time
+    uint64_t wanted     # acted upon: WANT_*
+    uint64_t mode       # sequence number of the mode record acted upon
     uint64_t doing      # SERVO_*
+    uint64_t standing   # 1: tau and every axis at rest
     uint64_t reasons    # bits, now
     uint64_t latched    # bits, since the arming; those of LATCHING hold the robot
     uint64_t arming     # acted upon
@@ -117,6 +122,7 @@ cdef struct StatusRecord:
     uint64_t overruns   # deadlines skipped, each one counted
     uint64_t clipped_ticks
     uint64_t clipped_kinds  # bits by limits.KINDS, since the arming
+    uint64_t nonfinite_ticks
     uint64_t unreachable_ticks
     int64_t lateness_p50_ns  # wake-up after deadline, over all ticks so far; refreshed every REFRESH ticks
     int64_t lateness_p99_ns

@@ -8,20 +8,21 @@
 import numpy as np
 
 from chatvla_edge.runtime.servo_records cimport (
-    BECAUSE_ARM_FAULT, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_SOFT_STOP, BECAUSE_STALLED,
-    BECAUSE_STATE_STALE, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, CommandRecord, ModeRecord, StateRecord,
+    BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_STALLED,
+    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, CommandRecord, ModeRecord, StateRecord,
     StatusRecord, TelemetryHeader,
 )
 
 ARMS_AT_MOST = MOST_ARMS
 AXES_AT_MOST = MOST_AXES
 
-WANTED = ("idle", "hold", "track", "soft_stop")
+WANTED = ("rest", "hold", "track", "stop", "brake")
 SERVO_DOING = ("idle", "standing", "approaching", "tracking", "stopping", "braking")
 REASONS = (
-    "idle",  # nothing is to be commanded
-    "hold",  # the operator holds
-    "soft_stop",
+    "rest",  # wanted by the supervisor, as the next three
+    "hold",
+    "stop",
+    "brake",
     "no_lease",  # expired, revoked or never granted
     "estop",  # the emergency stop is latched in its page
     "unarmed",  # nothing moves before an arming
@@ -41,7 +42,7 @@ DEVICE_FAULTS = ("silence", "lease", "estop", "command", "driver", "arm")
 
 # Bits that end only with the next arming: after a fault nothing moves by itself.
 LATCHING = (
-    1 << BECAUSE_SOFT_STOP | 1 << BECAUSE_NO_LEASE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_STATE_STALE
+    1 << BECAUSE_STOP | 1 << BECAUSE_BRAKE | 1 << BECAUSE_NO_LEASE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_STATE_STALE
     | 1 << BECAUSE_ARM_FAULT | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
 )
 
@@ -60,11 +61,11 @@ STATE = np.dtype(
 )
 STATUS = np.dtype(
     [
-        ("tick", "<u8"), ("tick_ns", "<i8"), ("doing", "<u8"), ("reasons", "<u8"), ("latched", "<u8"),
-        ("arming", "<u8"), ("epoch", "<u8"), ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"),
+        ("tick", "<u8"), ("tick_ns", "<i8"), ("wanted", "<u8"), ("mode", "<u8"), ("doing", "<u8"),
+        ("standing", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"), ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"),
         ("path_left", "<f8"), ("chunk", "<u8"), ("chunk_age_ns", "<i8"), ("chunks_taken", "<u8"),
         ("chunks_refused", "<u8"), ("last_verdict", "<u8"), ("overruns", "<u8"), ("clipped_ticks", "<u8"),
-        ("clipped_kinds", "<u8"), ("unreachable_ticks", "<u8"), ("lateness_p50_ns", "<i8"), ("lateness_p99_ns", "<i8"),
+        ("clipped_kinds", "<u8"), ("nonfinite_ticks", "<u8"), ("unreachable_ticks", "<u8"), ("lateness_p50_ns", "<i8"), ("lateness_p99_ns", "<i8"),
         ("lateness_max_ns", "<i8"), ("cost_p50_ns", "<i8"), ("cost_p99_ns", "<i8"), ("cost_max_ns", "<i8"),
         ("state_age_ns", "<i8", MOST_ARMS), ("arm_faults", "<u8", MOST_ARMS),
     ]
