@@ -278,7 +278,7 @@ cdef class Servo:
         if not self.standing or self.clock.state.rate != 0:
             return 1 << BECAUSE_UNARMED
         for i in range(self.arm_count):
-            if not (<ArmServo>self.arm[i]).start(tick_ns):
+            if not (<ArmServo>self.arm[i]).start(tick_ns - self.period_ns):
                 self.moving = False
                 return 1 << BECAUSE_START_REFUSED
         for i in range(self.arm_count):
@@ -333,9 +333,8 @@ cdef class Servo:
         """The rate that tau shall have, and whether this tick belongs to an approach."""
         cdef double rate = 0 if reasons else self.mode.speed
         self.stood = self.stood + 1 if self.clock.state.rate == 0 else 0
-        if self.stood and (reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks):
-            if not self.approach:
-                self.approach = True
+        if self.stood and self.standing and (reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks):
+            self.approach = True
         self.approaching = self.approach and rate > 0 and self.clock.state.rate == 0
         return 0 if self.approach else rate
 
@@ -351,7 +350,10 @@ cdef class Servo:
             )
             return 1 << BECAUSE_APPROACH
         if self.approach:
-            return 0  # nothing to approach yet: stay
+            # Nothing to go to, or a reason not to: there is no path to stop along, so the axes brake and stay.
+            for i in range(self.arm_count):
+                (<ArmServo>self.arm[i]).locate(self.fused)
+            return 0
         flags = self.fusion.c_sample(self.clock.state.tau, self.fused, self.fused_rate)
         if flags & SAMPLE_UNANCHORED:
             return 1 << BECAUSE_LIMITS
@@ -362,7 +364,7 @@ cdef class Servo:
         cdef int i, one, clipped = 0
         self.standing = True
         for i in range(self.arm_count):
-            if self.braking:
+            if self.braking or (self.approach and not self.approaching):
                 one = (<ArmServo>self.arm[i]).brake(tick_ns)
             else:
                 one = (<ArmServo>self.arm[i]).limit(tick_ns)
