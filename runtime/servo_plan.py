@@ -149,7 +149,9 @@ class ServoPlan:
             if not seconds > 0:
                 raise ValueError(f"{name} is {seconds} s; expected more than 0")
         if not 2 / self.rate < self.gap <= 1:
-            raise ValueError(f"gap is {self.gap} s; expected more than two periods of {1 / self.rate} s and at most 1 s")
+            raise ValueError(
+                f"gap is {self.gap} s; expected more than two periods of {1 / self.rate} s and at most 1 s"
+            )
         for arm in self.arms:
             self._check_arm(arm)
 
@@ -163,12 +165,16 @@ class ServoPlan:
         if arm.pose is not None and model is not None:
             driven += range(len(model.joints))
         if sorted(driven) != list(range(arm.axes)):
-            raise ValueError(f"arm {arm.name}: axes {sorted(driven)} are driven; expected each of 0..{arm.axes - 1} once")
+            raise ValueError(
+                f"arm {arm.name}: axes {sorted(driven)} are driven; expected each of 0..{arm.axes - 1} once"
+            )
         for axis in arm.direct:
             if not 0 <= axis.component < len(self.components):
                 raise ValueError(f"arm {arm.name}: component {axis.component} of {len(self.components)}")
             if axis.scale == 0:
-                raise ValueError(f"arm {arm.name}: axis {axis.axis} has scale 0, which no position can be turned back by")
+                raise ValueError(
+                    f"arm {arm.name}: axis {axis.axis} has scale 0, which no position can be turned back by"
+                )
 
     @property
     def period_ns(self) -> int:

@@ -32,7 +32,10 @@ LEASE_NS = 100_000_000
 def joint_plan(arms=1, axes=3, rate=500.0, mode="blend", **changes):
     """A plan of ``arms`` arms whose action components are their joints, in order."""
     limits = AxisLimits(
-        lower=(-2.0,) * axes, upper=(2.0,) * axes, velocity=(2.0,) * axes, acceleration=(15.0,) * axes,
+        lower=(-2.0,) * axes,
+        upper=(2.0,) * axes,
+        velocity=(2.0,) * axes,
+        acceleration=(15.0,) * axes,
         jerk=(500.0,) * axes,
     )
     plan = ServoPlan(
@@ -41,7 +44,8 @@ def joint_plan(arms=1, axes=3, rate=500.0, mode="blend", **changes):
         horizon=50,
         arms=tuple(
             ArmPlan(
-                name=f"arm{arm}", limits=limits,
+                name=f"arm{arm}",
+                limits=limits,
                 direct=tuple(DirectAxis(axis=i, component=arm * axes + i) for i in range(axes)),
             )
             for arm in range(arms)
@@ -209,8 +213,12 @@ class VirtualRig:
         for arm, plan in enumerate(self.plan.arms):
             limits = plan.limits
             bounds = limit_oracle.Bounds(
-                np.array(limits.lower), np.array(limits.upper), np.array(limits.velocity),
-                np.array(limits.acceleration), np.array(limits.jerk), self.period,
+                np.array(limits.lower),
+                np.array(limits.upper),
+                np.array(limits.velocity),
+                np.array(limits.acceleration),
+                np.array(limits.jerk),
+                self.period,
                 gap_ns=round(1e9 * self.plan.gap),
             )
             sent, at = np.array(self.commands[arm]), np.array(self.sent_at[arm])
