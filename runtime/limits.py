@@ -93,7 +93,9 @@ EXIT = 13  # velocity at the end of phase 2, rad/s
 STOP_SIZE = 14
 
 
-def plan_stop(v: float, a: float, top: float, change: float, dt: float, out: "array[float]", at: int) -> bool:
+def plan_stop(
+    v: float, a: float, top: float, change: float, dt: float, out: "array[float]", at: int
+) -> bool:
     """Write the stop that begins at velocity ``v`` and acceleration ``a``: a near time-optimal list of accelerations.
 
     ``top`` bounds |a| (rad/s^2), ``change`` bounds |a[k] - a[k-1]| (rad/s^2 per step), ``dt`` is the period (s).
@@ -156,7 +158,9 @@ def plan_stop(v: float, a: float, top: float, change: float, dt: float, out: "ar
         # (The ramp reaches zero velocity by the choice of side; the clamp is for rounding where it only touches it.)
         root = sqrt(max(0.0, (a - down / 2.0) * (a - down / 2.0) + 2.0 * down * pace))
         m = min(n1, float(floor(-2.0 * pace / (a - down / 2.0 + root))))
-        behind = min(behind, dt * (m * v + dt * (a * m * (m + 1.0) / 2.0 - down * m * (m + 1.0) * (m + 2.0) / 6.0)))
+        behind = min(
+            behind, dt * (m * v + dt * (a * m * (m + 1.0) / 2.0 - down * m * (m + 1.0) * (m + 2.0) / 6.0))
+        )
     out[at + STEPS_1] = n1
     out[at + STEPS_2] = n2
     out[at + STEPS_3] = n3
@@ -250,9 +254,7 @@ class Limiter:
         for i in range(n):
             grain = GRAIN * max(fabs(self.lower[i]), fabs(self.upper[i])) / self.dt
             if grain / self.dt / self.dt > WORST_GRAIN * self.change[i]:
-                raise ValueError(
-                    f"jerk of joint {i}: {self.change[i]} is lost in rounding at a period of {period_ns} ns"
-                )
+                raise ValueError(f"jerk of joint {i}: {self.change[i]} is lost in rounding at a period of {period_ns} ns")
             self.velocity[i] = self.velocity[i] * (1.0 - SLACK) - grain
             # Twice the share: where acceleration is a whole number of jerk steps, the quotient must not round above it.
             self.top[i] = self.top[i] * (1.0 - 2.0 * SLACK) - grain / self.dt
@@ -687,7 +689,9 @@ class Limiter:
             down = self.fresh[at + BEHIND]
             self.angles[i] = self.next_command[i] + (up + down) / 2.0
             radius += self.reach[i] * (up - down) / 2.0
-            longest = max(longest, self.fresh[at + STEPS_1] + self.fresh[at + STEPS_2] + self.fresh[at + STEPS_3])
+            longest = max(
+                longest, self.fresh[at + STEPS_1] + self.fresh[at + STEPS_2] + self.fresh[at + STEPS_3]
+            )
         if self._holds(radius):
             return True
         begin = 0.0
