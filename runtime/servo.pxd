@@ -105,10 +105,11 @@ cdef class Servo:
     cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil
     cdef uint64_t _fuse(self) noexcept nogil
     cdef int _limit(self, int64_t tick_ns) noexcept nogil
-    cdef void _finish_approach(self, int clipped) noexcept nogil
+    cdef void _finish_approach(self) noexcept nogil
     cdef uint64_t _doing(self, double wanted_rate) noexcept nogil
     cdef void _publish_prefix(self, int64_t now_ns) noexcept nogil
     cdef void _publish_status(self, int64_t tick_ns, int64_t now_ns) noexcept nogil
     cdef void _publish_telemetry(self, int64_t tick_ns, int64_t now_ns, int clipped) noexcept nogil
+    cdef bint _ahead(self) noexcept nogil
     cdef int _due_row(self, double tau, bint next) noexcept nogil
     cdef int64_t _account(self, int step, int64_t since_ns) noexcept nogil

@@ -267,6 +267,10 @@ cdef class Servo:
                 self.status.epoch = self.mode.epoch
                 self.has_chunk = False
         self.braking = (bits & BRAKING_BITS) != 0
+        if self.braking:
+            # The path is left; only an arming finds it again, and that begins at rest.
+            self.clock.state.rate = 0
+            self.clock.state.acceleration = 0
         self.status.wanted = wanted
         self.status.mode = self.mode_seen
         return bits
@@ -327,7 +331,9 @@ cdef class Servo:
         if not self.has_chunk:
             return 1 << BECAUSE_STARVED
         c_record(&self.chunk_age, now_ns - self.observed_ns)
-        return 1 << BECAUSE_CHUNK_STALE if now_ns - self.observed_ns > self.chunk_budget_ns else 0
+        if now_ns - self.observed_ns > self.chunk_budget_ns:
+            return 1 << BECAUSE_CHUNK_STALE
+        return 1 << BECAUSE_STARVED if self.approach and not self._ahead() else 0
 
     cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil:
         """The rate that tau shall have, and whether this tick belongs to an approach."""
@@ -380,13 +386,13 @@ cdef class Servo:
             if clipped & (1 << NONFINITE | 1 << FOLLOWING):
                 self.status.latched |= 1 << BECAUSE_LIMITS
         if self.approaching:
-            self._finish_approach(clipped)
+            self._finish_approach()
         return clipped
 
-    cdef void _finish_approach(self, int clipped) noexcept nogil:
+    cdef void _finish_approach(self) noexcept nogil:
         """Let tau run from here once every arm is at the first target, or as near as the limits let it come."""
         cdef int i
-        if not (clipped and self.standing):
+        if not self.standing:
             for i in range(self.arm_count):
                 if not (<ArmServo>self.arm[i]).arrived():
                     return
@@ -408,6 +414,14 @@ cdef class Servo:
         if self.clock.state.rate > 0 or not self.standing:
             return SERVO_STOPPING
         return SERVO_STANDING
+
+    cdef bint _ahead(self) noexcept nogil:
+        """Whether the newest accepted chunk has actions left to approach."""
+        if self.sync:
+            return self.fusion.c_sequence() != self.header.sequence
+        return self.clock.state.tau < (
+            self.header.tau_observation + (self.header.first_step + self.header.rows - 1) * self.header.dt
+        )
 
     cdef int _due_row(self, double tau, bint next) noexcept nogil:
         """The row of the newest accepted chunk that is due next at ``tau`` (``next``), or was due last."""
