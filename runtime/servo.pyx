@@ -339,8 +339,11 @@ cdef class Servo:
         """The rate that tau shall have, and whether this tick belongs to an approach."""
         cdef double rate = 0 if reasons else self.mode.speed
         self.stood = self.stood + 1 if self.clock.state.rate == 0 else 0
-        if self.stood and self.standing and (reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks):
+        if not self.approach and self.stood and self.standing and (
+            reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks
+        ):
             self.approach = True
+            rate = 0  # from the next tick on, whose reasons know that it is one
         self.approaching = self.approach and rate > 0 and self.clock.state.rate == 0
         return 0 if self.approach else rate
 
@@ -419,7 +422,7 @@ cdef class Servo:
         """Whether the newest accepted chunk has actions left to approach."""
         if self.sync:
             return self.fusion.c_sequence() != self.header.sequence
-        return self.clock.state.tau < (
+        return self.clock.state.tau + TAU_NOISE < (
             self.header.tau_observation + (self.header.first_step + self.header.rows - 1) * self.header.dt
         )
 
