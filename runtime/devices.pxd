@@ -53,7 +53,7 @@ cdef class DeviceGate:
     cdef double stops[MOST_AXES * 14]
 
     cdef int c_step(self, int64_t now_ns) noexcept nogil
-    cdef void _hear(self, int64_t now_ns) noexcept nogil
+    cdef bint _hear(self, int64_t now_ns) noexcept nogil
     cdef bint _fits(self, const CommandRecord *command, int64_t now_ns) noexcept nogil
     cdef void _brake(self, uint64_t fault) noexcept nogil
     cdef bint _braked(self) noexcept nogil

@@ -91,7 +91,7 @@ cdef class DeviceGate:
         """One cycle at host time ``now_ns``. Returns an Act; for ACT_COMMAND the position stands in `target`."""
         cdef bint estop = c_stop_raised(&self.stop_page)
         cdef bint allowed = c_lease_valid(&self.lease_page, now_ns) and not estop
-        self._hear(now_ns)
+        cdef bint moved = self._hear(now_ns)
         if allowed:
             self.forbidden_ns = 0
         elif self.forbidden_ns == 0:
@@ -120,7 +120,8 @@ cdef class DeviceGate:
                 self._brake(1 << FAULT_SILENCE)
             elif self.forbidden_ns and now_ns - self.forbidden_ns >= self.longest_stop_ns:
                 self._brake(1 << FAULT_ESTOP if estop else 1 << FAULT_LEASE)
-        if self.doing == DEVICE_BRAKING and self._braked():
+        # A command taken in this cycle is this cycle's step; a step of the stop on top of it would be two.
+        if self.doing == DEVICE_BRAKING and not moved and self._braked():
             self.doing = DEVICE_HOLDING
             self.held_ns = now_ns
         if self.doing == DEVICE_HOLDING and self.hold_ns >= 0 and now_ns - self.held_ns >= self.hold_ns:
@@ -130,12 +131,13 @@ cdef class DeviceGate:
             return ACT_NOTHING
         return ACT_COMMAND
 
-    cdef void _hear(self, int64_t now_ns) noexcept nogil:
-        """Take the newest command, if there is one and it is one."""
+    cdef bint _hear(self, int64_t now_ns) noexcept nogil:
+        """Take the newest command, if there is one and it is one. True where it moved the target."""
         cdef Stamp stamp
         cdef Py_ssize_t i
+        cdef bint moved = False
         if c_read_latest(&self.command_cells, self.seen, &self.scratch, &stamp) != CELL_NEW:
-            return
+            return False
         self.seen = stamp.sequence
         if not self.started:
             # An arming that began before this process did is none of its business: it does not know where the arm was
@@ -146,7 +148,8 @@ cdef class DeviceGate:
             # A servo arms anew only at rest and from where the arm was told to be, so this too must fit.
             if not self._fits(&self.scratch, now_ns):
                 self._brake(1 << FAULT_COMMAND)
-                return
+                return False
+            moved = True
             for i in range(self.axes):
                 self.target[i] = self.scratch.q[i]
                 self.speed[i] = self.scratch.dq[i]
@@ -155,6 +158,7 @@ cdef class DeviceGate:
             self.state.tick = self.scratch.tick
         self.command = self.scratch
         self.heard_ns = now_ns
+        return moved
 
     cdef bint _fits(self, const CommandRecord *command, int64_t now_ns) noexcept nogil:
         """Whether the arm may be told this next; adopts it as the target when it is the first."""
