@@ -129,6 +129,8 @@ class ReferencePolicy:
                     f"the committed prefix and mask have shapes {found[0]} and {found[1]}, "
                     f"expected [{head.horizon}, {head.action_dim}] and [{head.horizon}]"
                 )
+        if not torch.isfinite(noise).all():
+            raise ValueError("the noise holds NaN or infinity")
         state = torch.from_numpy(self.normalization.state(observation.state))
         with count_routing(model) as routing:
             grids, image_tokens = self._see(observation.images)

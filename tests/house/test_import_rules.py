@@ -54,7 +54,7 @@ def copy(tmp_path_factory):
         ("runtime", "from chatvla_edge.export import cli", "runtime knows drivers only"),
         ("runtime", "from chatvla_edge import calibration", "runtime knows drivers only"),
         ("calibration", "import chatvla_edge.export", "calibration knows runtime and drivers only"),
-        ("export", "import chatvla_edge.drivers", "export knows calibration and runtime.bundle only"),
+        ("export", "import chatvla_edge.drivers", "export knows calibration, runtime.bundle and runtime.gates only"),
         ("export", "from chatvla_edge.runtime.install import conflicts", "export knows calibration and runtime.bundle"),
         ("drivers", "import chatvla_edge.benchmarks", "drivers know nothing of ours"),
         ("runtime", "def late():\n    import torch", "what runs on the robot never imports torch"),

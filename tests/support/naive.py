@@ -88,6 +88,22 @@ def mixture(w, spec, rows) -> tuple[np.ndarray, np.ndarray]:
     return out, visits
 
 
+# -------------------------------------------------------------------------------------------------------- fusion
+
+
+def fuse(w, kind, prompt, reasoning) -> tuple[np.ndarray, np.ndarray]:
+    """Means [D] of prompt and reasoning -> observation vector, reasoning vector."""
+
+    def project(name, x):
+        return linear(w, f"{name}.2", gelu_exact(linear(w, f"{name}.0", x)))
+
+    observed, reasoned = project("input_projector", prompt), project("reasoning_projector", reasoning)
+    if kind == "film":
+        scale, shift = linear(w, "film.scale", reasoned), linear(w, "film.shift", reasoned)
+        return observed * (1 + scale) + shift + prompt, reasoned
+    return observed + reasoned, reasoned
+
+
 # -------------------------------------------------------------------------------------------------- action head
 
 

@@ -14,7 +14,8 @@ CORPUS = [
     "system\nYou are a helpful assistant.\nuser\nassistant\n",
     "Answer the question and pick the card with the correct answer. Next Action:",
     "Put the red cup on the table, then answer: 1 + 2 = 3?\n\n",
-] * 3
+    "\n\n",  # Qwen2 has this merge: a newline joins the one before it, so it matters where a text is cut
+] * 30
 
 
 @cache

@@ -80,6 +80,12 @@ def test_one_token_alone_is_that_token_among_others(spec):
     torch.testing.assert_close(ours(x[:1]), ours(x)[:1], rtol=1e-5, atol=1e-5)
 
 
+def test_own_widths_are_the_shapes_of_the_weights():
+    ours = layer(VARIANTS["own widths"])
+    assert {tuple(expert.gate_proj.weight.shape) for expert in ours.routed} == {(20, 64)}
+    assert {tuple(expert.down_proj.weight.shape) for expert in ours.shared} == {(64, 72)}
+
+
 def test_leading_axes_are_kept():
     ours, x = layer(tiny.DYNAMIC), rows(12)
     torch.testing.assert_close(ours(x.view(1, 3, 4, 64)).view(12, 64), ours(x), rtol=0, atol=0)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import tiny, words
+from support import naive, tiny, words
 
+from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.model.ddim import Committed
-from chatvla_edge.export.model.images import Preprocessing, Resize, Rotate180
+from chatvla_edge.export.model.images import Preprocessing, Resize, Rotate180, patches
 from chatvla_edge.export.model.policy import ChatVLA2, Observation, ReferencePolicy
 from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
@@ -79,6 +80,20 @@ def test_the_same_query_with_the_same_noise_has_the_same_answer(reference, obser
     np.testing.assert_array_equal(answer.normalized, again.normalized)
 
 
+@pytest.mark.parametrize("kind", ["sum", "film"])
+def test_the_chunk_follows_from_two_means_the_state_and_the_noise_as_published(observation, noise, kind):
+    reference = policy(tiny.policy(fusion=kind), scale=0.15)
+    found = ask(reference, observation, noise)
+    statistics, spec = reference.normalization, reference.head_spec
+    w = naive.split_qkv(naive.weights_of(reference.model, "head."))
+    means = found.prompt_mean.astype(np.float64), found.reasoning_mean.astype(np.float64)
+    vectors = naive.fuse(naive.weights_of(reference.model, "fusion."), kind, *means)
+    state = (observation.state.astype(np.float64) - statistics.state_mean) / statistics.state_std
+    condition = naive.conditions(w, spec, *vectors, state)
+    expected = naive.sample(noise.double().numpy(), lambda x, t: naive.predict_noise(w, spec, x, t, *condition))
+    np.testing.assert_allclose(found.normalized, expected, rtol=0, atol=1e-4)
+
+
 def test_a_seed_names_its_noise(reference):
     assert torch.equal(reference.noise(5), reference.noise(5))
     assert not torch.equal(reference.noise(5), reference.noise(6))
@@ -123,6 +138,21 @@ def test_the_camera_order_matters(reference, observation, noise, answer):
     swapped = ask(reference, replace(observation, images=observation.images[::-1]), noise)
     assert np.abs(swapped.prompt_mean - answer.prompt_mean).max() > 1e-4
     assert np.abs(swapped.normalized - answer.normalized).max() > 1e-5
+
+
+def test_images_stand_in_the_prompt_in_camera_order(observation, noise):
+    wide, tall = CAMERA, Preprocessing.of(Resize(height=84, width=56, filter="bicubic"))
+    for cameras, grids in (((wide, tall), [(4, 6), (6, 4)]), ((wide, wide), [(4, 6), (4, 6)])):
+        reference = policy(cameras=cameras)
+        backbone = reference.model.backbone
+        tokens = []
+        for image, camera, grid in zip(observation.images, cameras, grids, strict=True):
+            tokens.append(backbone.images(torch.from_numpy(patches(camera(image))[0]), [grid]))
+        ids = torch.tensor(reference.prompt.ids(grids, INSTRUCTION))
+        positions, _ = mrope_positions(ids, grids, tiny.TOKENS.image_pad)
+        hidden = backbone.hidden(backbone.embed(ids, torch.cat(tokens)), positions)
+        found = ask(reference, observation, noise).prompt_mean
+        np.testing.assert_allclose(found, hidden.mean(0), rtol=0, atol=1e-5)
 
 
 def test_each_camera_has_its_own_preprocessing(observation, noise, answer):

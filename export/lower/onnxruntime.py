@@ -1,0 +1,271 @@
+"""Lowering for ONNX Runtime on the CPU: its own attention and rotary operators, experts as a loop over even batches.
+
+Row independence (DESIGN 4.4) decides the form of the experts. ONNX Runtime's kernels for one row and for odd row counts
+round differently from those for even ones, so every expert gets an even number of rows: an odd batch repeats its first
+row and drops the copy's result. `QMoE` is not used for the same reason: its rows are not independent even then.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, is_quantized, quantize
+from chatvla_edge.export.spec import LanguageSpec, PolicySpec
+from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
+
+MICROSOFT = "com.microsoft"
+PRECISIONS: dict[str, BlockFormat | None] = {"fp32": None, "int8": INT8, "int4": INT4}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to lower for: weight precision, and the capacity of the cache (rows)."""
+
+    precision: str
+    capacity: int
+
+    @property
+    def form(self) -> BlockFormat | None:
+        """Block format of quantized weights; None keeps fp32."""
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"the cpu target has no precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}"
+            )
+        return PRECISIONS[self.precision]
+
+
+def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
+    """Rewrite a neutral stage graph for ONNX Runtime on the CPU."""
+    out = Graph(
+        graph.name,
+        scope="ort/",
+        inputs=list(graph.inputs),
+        outputs=list(graph.outputs),
+        output_values=list(graph.output_values),
+        constants=dict(graph.constants),
+    )
+    state = _Lowering(graph, out, spec.language, target)
+    for node in graph.nodes:
+        state.node(node)
+    used = {name for node in out.nodes for name in node.input}
+    out.weights = {name: weight for name, weight in out.weights.items() if name in used}
+    out.constants = {name: array for name, array in out.constants.items() if name in used}
+    return out
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, out: Graph, language: LanguageSpec, target: Target) -> None:
+        self.graph, self.out, self.language, self.target = graph, out, language, target
+        self.shared: dict[str, str] = {}
+
+    def node(self, node: onnx.NodeProto) -> None:
+        """Emit what becomes of one node."""
+        handlers = {"MRopeQuery": self._mrope, "MRopeKey": self._mrope, "CachedAttention": self._attention}
+        if node.domain == DOMAIN:
+            (self._experts if node.op_type == "TopKMoE" else handlers[node.op_type])(node)
+        elif node.op_type == "Gemm" and self._quantizes(node):
+            self._linear(node)
+        else:
+            self._keep(node)
+
+    def _keep(self, node: onnx.NodeProto) -> None:
+        for name in node.input:
+            if name in self.graph.weights:
+                self.out.weight(self.graph.weights[name])
+        self.out.nodes.append(node)
+
+    # ------------------------------------------------------------------------------------------ linear maps
+
+    def _quantizes(self, node: onnx.NodeProto) -> bool:
+        weight = self.graph.weights.get(node.input[1])
+        return self.target.form is not None and weight is not None and is_quantized(weight.name, weight.shape)
+
+    def _linear(self, node: onnx.NodeProto) -> None:
+        weight = self.graph.weights[node.input[1]]
+        product = self._matmul(node.input[0], weight, self.target.form)
+        bias = node.input[2] if len(node.input) > 2 else None
+        if bias is None:
+            self.out.op("Identity", product)
+            self.out.nodes[-1].output[0] = node.output[0]
+            return
+        self.out.weight(self.graph.weights[bias])
+        self.out.op("Add", product, bias)
+        self.out.nodes[-1].output[0] = node.output[0]
+
+    def _matmul(self, x: str, weight: Weight, form: BlockFormat | None) -> str:
+        """x W^T with the weight in a form, None for fp32; weight [N, K]."""
+        rows, columns = weight.shape
+        if form is None:
+            return self.out.op("Gemm", x, self.out.weight(weight), transB=1)
+        codes, scales = _packed(weight, form)
+        return self.out.op(
+            "MatMulNBits",
+            x,
+            self.out.weight(codes),
+            self.out.weight(scales),
+            domain=MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=form.bits,
+            block_size=form.block,
+            # int8 arithmetic with a scale per block of the row: several times faster, and still row by row.
+            accuracy_level=4,
+        )
+
+    # -------------------------------------------------------------------------------------------- attention
+
+    def _mrope(self, node: onnx.NodeProto) -> None:
+        """Rotary positions of one axis with tables of this pass: row i of them holds the three axes of row i.
+
+        `MRotaryEmbedding` does the same in one node, but ONNX Runtime 1.23 (the last for Python 3.10) lacks it.
+        """
+        language = self.language
+        heads = language.heads if node.op_type == "MRopeQuery" else language.kv_heads
+        x = self._unsqueeze(node.input[0], 0)
+        cos, sin = (self._once(kind, partial(self._turns, kind, node.input[1])) for kind in ("cos", "sin"))
+        first = self.out.constant([0], np.int64)
+        self.out.op("RotaryEmbedding", x, first, cos, sin, domain=MICROSOFT, num_heads=heads)
+        # Stays [1, T, heads * d]: only the attention reads it.
+        self.out.nodes[-1].output[0] = node.output[0]
+
+    def _turns(self, kind: str, positions: str) -> str:
+        """[T, d / 2]: section s of the frequencies at the positions of axis s."""
+        op, sections = self.out.op, list(self.language.mrope_section)
+        rows = op("Gather", self._table(kind), positions, axis=0)
+        parts = self.out.op_many("Split", rows, self.out.constant(sections, np.int64), outputs=3, axis=2)
+        picked = [op("Gather", part, self.out.constant(axis, np.int64), axis=0) for axis, part in enumerate(parts)]
+        return op("Concat", *picked, axis=1)
+
+    def _table(self, kind: str) -> str:
+        """Rotary cosines or sines [capacity, d / 2]: a position never exceeds the row that holds it."""
+        language = self.language
+        size = language.head_dim
+        frequencies = (
+            np.float32(1)
+            / np.float32(language.rope_theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+        ).astype(np.float32)
+
+        def blocks() -> Iterator[Array]:
+            angles = np.outer(np.arange(self.target.capacity, dtype=np.float32), frequencies).astype(np.float32)
+            yield (np.cos if kind == "cos" else np.sin)(angles)
+
+        shape = (self.target.capacity, size // 2)
+        return self.out.weight(Weight(f"rotary.{kind}", shape, np.dtype(np.float32), blocks))
+
+    def _attention(self, node: onnx.NodeProto) -> None:
+        q, k, v, past_k, past_v, length = node.input
+        language = self.language
+        value = self._unsqueeze(v, 0)
+        total = self._once("total", lambda: self._total(v, length))
+        last = self._once("last", lambda: self.out.op("Sub", total, self.out.constant([1], np.int32)))
+        scalar = self._once("total_scalar", lambda: self.out.op("Squeeze", total, self.out.constant([0], np.int64)))
+        names = self.out.op_many(
+            "GroupQueryAttention",
+            q,
+            k,
+            value,
+            past_k,
+            past_v,
+            last,
+            scalar,
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=language.heads,
+            kv_num_heads=language.kv_heads,
+            do_rotary=0,
+            scale=float(language.head_dim**-0.5),
+        )
+        attention = self.out.nodes[-1]
+        attention.output[1], attention.output[2] = node.output[1], node.output[2]
+        self.out.op("Squeeze", names[0], self.out.constant([0], np.int64))
+        self.out.nodes[-1].output[0] = node.output[0]
+
+    def _total(self, rows: str, length: str) -> str:
+        """Rows in the cache after this pass, int32 [1]."""
+        count = self.out.op("Shape", rows, start=0, end=1)
+        return self.out.op("Cast", self.out.op("Add", count, length), to=TensorProto.INT32)
+
+    def _unsqueeze(self, value: str, axis: int) -> str:
+        return self.out.op("Unsqueeze", value, self.out.constant([axis], np.int64))
+
+    def _once(self, key: str, make: Callable[[], str]) -> str:
+        """A value that all layers share."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    # ---------------------------------------------------------------------------------------------- experts
+
+    def _experts(self, node: onnx.NodeProto) -> None:
+        x, logits, gate_up, down = node.input
+        experts, width, op, const = self.language.experts, self.language.routed_width, self.out.op, self.out.constant
+        # One expert's three maps are quantized or none is: gate and up are one product here, two in the checkpoint.
+        form = self.target.form if is_quantized("", (width, self.language.hidden)) else None
+        kept, ids = self.out.op_many("TopK", logits, const([experts.top_k], np.int64), outputs=2, axis=-1)
+        if experts.renormalize:
+            weights = op("Softmax", kept, axis=-1)
+        else:
+            weights = op("GatherElements", op("Softmax", logits, axis=-1), ids, axis=-1)
+        zero, column = const([0], np.int64), const([1], np.int64)
+        total = op("Mul", x, const(0.0, np.float32))
+        for index in range(experts.routed):
+            where = op("NonZero", op("Equal", ids, const(index, np.int64)))
+            rows = op("Gather", where, const(0, np.int64), axis=0)
+            share = op("Unsqueeze", op("GatherND", weights, op("Transpose", where, perm=[1, 0])), column)
+            count = op("Shape", rows)
+            # An odd batch repeats its first row; the slice behind drops what the copy gave.
+            spare = op("Slice", rows, zero, op("Mod", count, const([2], np.int64)), zero)
+            picked = op("Gather", x, op("Concat", rows, spare, axis=0), axis=0)
+            inner = self._matmul(picked, _expert(self.graph.weights[gate_up], index), form)
+            gate, up = self.out.op_many("Split", inner, const([width, width], np.int64), outputs=2, axis=1)
+            inner = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+            out = op("Slice", self._matmul(inner, _expert(self.graph.weights[down], index), form), zero, count, zero)
+            total = op("ScatterND", total, op("Unsqueeze", rows, column), op("Mul", out, share), reduction="add")
+        op("Identity", total)
+        self.out.nodes[-1].output[0] = node.output[0]
+
+
+def _expert(stacked: Weight, index: int) -> Weight:
+    """The rows of one expert out of a stacked weight [E, N, K]: its own initializer, written on its own."""
+    rows, columns = stacked.shape[1:]
+
+    def blocks() -> Iterator[Array]:
+        start, stop = index * rows * columns, (index + 1) * rows * columns
+        position = 0
+        for block in stacked.blocks():
+            flat = block.reshape(-1)
+            low, high = max(start - position, 0), min(stop - position, flat.size)
+            if low < high:
+                yield flat[low:high]
+            position += flat.size
+            if position >= stop:
+                return
+
+    return Weight(f"{stacked.name}.{index}", (rows, columns), stacked.dtype, blocks)
+
+
+def _packed(weight: Weight, form: BlockFormat) -> tuple[Weight, Weight]:
+    """Codes and scales of a weight as two initializers; it is read and quantized once for both."""
+    rows, columns = weight.shape
+    count = form.blocks(columns)
+
+    @lru_cache(maxsize=1)
+    def quantized() -> Quantized:
+        return quantize(np.asarray(weight.array(), np.float32), form)
+
+    def codes() -> Iterator[Array]:
+        yield quantized().codes
+
+    def scales() -> Iterator[Array]:
+        yield quantized().scales
+        quantized.cache_clear()
+
+    size = form.block * form.bits // 8
+    return (
+        Weight(f"{weight.name}.codes", (rows, count, size), np.dtype(np.uint8), codes),
+        Weight(f"{weight.name}.scales", (rows, count), np.dtype(np.float32), scales),
+    )

@@ -1,0 +1,188 @@
+"""A graph under construction, and the weights it will hold, which stay where they are until the file is written.
+
+The graph never owns weight data: an initializer is a name, a shape and a recipe that yields its rows when the file is
+written. A stage of a 22 GB policy is laid out, lowered and checked in megabytes.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 20
+DOMAIN = "chatvla"
+DOMAIN_VERSION = 1
+# Below this an initializer stands in the file itself: shape inference looks into small constants, and only there.
+INLINE_BYTES = 1024
+ALIGNMENT = 4096  # so that an external initializer can be memory-mapped on its own
+
+Array = NDArray[np.generic]
+Blocks = Callable[[], Iterable[Array]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer to be. `blocks` yields consecutive pieces of the row-major data, each small enough to hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    blocks: Blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def array(self) -> Array:
+        """All data at once: for tests and for small weights."""
+        flat = np.concatenate([np.ascontiguousarray(block).reshape(-1) for block in self.blocks()])
+        return flat.astype(self.dtype, copy=False).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a stage; a dimension is a number or a symbol."""
+
+    name: str
+    dtype: int
+    shape: tuple[int | str, ...]
+
+
+@dataclass
+class Graph:
+    """One stage. Nodes are appended in topological order; values are strings."""
+
+    name: str
+    scope: str = ""  # in front of the names of new nodes: a lowering keeps old nodes beside its own
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    output_values: list[str] = field(default_factory=list)
+    functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
+    domains: dict[str, int] = field(default_factory=lambda: {"": OPSET})
+
+    # ------------------------------------------------------------------------------------------- construction
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        """Declare an input."""
+        self.inputs.append(Port(name, dtype, tuple(shape)))
+        return name
+
+    def output(self, value: str, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        """Declare `value` to be the output `name`; the value takes that name when the graph is written."""
+        self.outputs.append(Port(name, dtype, tuple(shape)))
+        self.output_values.append(value)
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: object) -> str:
+        """Append a node and return its first output; `op_many` returns all."""
+        return self.op_many(kind, *inputs, outputs=outputs, domain=domain, **attributes)[0]
+
+    def op_many(self, kind: str, *inputs: str, outputs: int, domain: str = "", **attributes: object) -> list[str]:
+        """Append a node and return its outputs."""
+        base = f"{self.scope}{kind}_{len(self.nodes)}"
+        names = [base if outputs == 1 else f"{base}.{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=base, domain=domain, **attributes))
+        if domain:
+            self.domains.setdefault(domain, 1)
+        return names
+
+    def constant(self, value: object, dtype: type[np.generic] | None = None) -> str:
+        """A small constant, kept in the file; equal constants are one."""
+        array = np.asarray(value, dtype=dtype)
+        digest = hashlib.blake2b(array.tobytes(), digest_size=6).hexdigest()
+        name = f"const/{array.dtype}{list(array.shape)}/{digest}"
+        self.constants[name] = array
+        return name
+
+    def weight(self, weight: Weight) -> str:
+        """An initializer; the same name twice is the same tensor."""
+        self.weights[weight.name] = weight
+        return weight.name
+
+    def function(self, proto: onnx.FunctionProto) -> None:
+        """Carry the body of a node of our own domain."""
+        self.functions[proto.name] = proto
+        self.domains[DOMAIN] = DOMAIN_VERSION
+
+    # ------------------------------------------------------------------------------------------------ writing
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all initializers."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def save(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Write `path` and, beside it, `path` + `.data` with the weights, streamed in the order of declaration."""
+        data = path.with_name(path.name + ".data")
+        initializers = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
+        with data.open("wb") as file:
+            for weight in self.weights.values():
+                initializers.append(self._write(weight, file.tell, file.write, data.name, progress))
+        if data.stat().st_size == 0:
+            data.unlink()
+        onnx.save_model(self._model(initializers), str(path))
+
+    def _write(
+        self,
+        weight: Weight,
+        tell: Callable[[], int],
+        write: Callable[[bytes], object],
+        location: str,
+        progress: Callable[[int], None] | None,
+    ) -> TensorProto:
+        if weight.nbytes <= INLINE_BYTES:
+            return numpy_helper.from_array(weight.array(), weight.name)
+        write(b"\0" * (-tell() % ALIGNMENT))
+        start = tell()
+        for block in weight.blocks():
+            data = np.ascontiguousarray(block, dtype=weight.dtype).tobytes()
+            write(data)
+            if progress is not None:
+                progress(len(data))
+        if tell() - start != weight.nbytes:
+            raise ValueError(f"{weight.name}: its recipe gave {tell() - start} bytes, its shape takes {weight.nbytes}")
+        proto = TensorProto(name=weight.name, dims=weight.shape, data_location=TensorProto.EXTERNAL)
+        proto.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
+        for key, value in (("location", location), ("offset", start), ("length", weight.nbytes)):
+            proto.external_data.add(key=key, value=str(value))
+        return proto
+
+    def _model(self, initializers: list[TensorProto]) -> onnx.ModelProto:
+        def infos(ports: Iterable[Port]) -> Iterator[onnx.ValueInfoProto]:
+            for port in ports:
+                yield helper.make_tensor_value_info(port.name, port.dtype, list(port.shape))
+
+        # Renamed rather than copied by an Identity: an engine may write a cache in place only where it is the output.
+        names = dict(zip(self.output_values, (port.name for port in self.outputs), strict=True))
+        graph = helper.make_graph(
+            [_renamed(node, names) for node in self.nodes],
+            self.name,
+            list(infos(self.inputs)),
+            list(infos(self.outputs)),
+            initializers,
+        )
+        return helper.make_model(
+            graph,
+            functions=list(self.functions.values()),
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in self.domains.items()],
+            ir_version=10,
+            producer_name="chatvla-edge",
+        )
+
+
+def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+    if not names.keys() & {*node.input, *node.output}:
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for values in (copy.input, copy.output):
+        values[:] = [names.get(value, value) for value in values]
+    return copy
