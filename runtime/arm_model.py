@@ -6,7 +6,6 @@ joints folded in, the ranges, and the velocity, acceleration and jerk limits whe
 """
 
 from dataclasses import dataclass
-from importlib import resources
 from math import cos, sin
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -44,7 +43,7 @@ class ArmModel:
 
 def arm_names() -> list[str]:
     """Names of the arms whose chains come with the runtime."""
-    return sorted(entry.name[: -len(".urdf")] for entry in _arms().iterdir() if entry.name.endswith(".urdf"))
+    return sorted(path.stem for path in _arms().glob("*.urdf"))
 
 
 def load_arm(name: str) -> ArmModel:
@@ -134,8 +133,9 @@ def rpy_matrix(roll: float, pitch: float, yaw: float) -> FloatArray:
     )
 
 
-def _arms() -> resources.abc.Traversable:
-    return resources.files("chatvla_edge.runtime") / "arms"
+def _arms() -> Path:
+    # The rooms are installed as plain folders, so their data files are plain files.
+    return Path(__file__).parent / "arms"
 
 
 def _parse_xml(text: bytes, source: str) -> Element:

@@ -81,7 +81,8 @@ cdef class Kinematics:
 
     ``flange_to_tool`` (12 numbers, or None for the model's own tool) replaces the last fixed transform. ``length`` (m)
     weighs a radian of rotation error against metres; ``posture`` (rad, [n]) is where a redundant arm's spare joint is
-    drawn while it moves, ``posture_gain`` of the way per call and at most ``posture_step`` (rad). Raises ValueError for non-finite or wrong sizes.
+    drawn while it moves, ``posture_gain`` of the way per call and at most ``posture_step`` (rad). Raises ValueError for
+    non-finite or wrong sizes.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ cdef class Kinematics:
         return numbers[:9].reshape(3, 3), numbers[9:]
 
     def tool_jacobian(self, q):
-        """Geometric Jacobian [6, n]: tool velocity (m/s) and angular velocity (rad/s) per joint velocity, base frame."""
+        """Geometric Jacobian [6, n], base frame: tool velocity (m/s), then angular velocity (rad/s), per rad/s."""
         cdef double[::1] angles = self._vector(q)
         self._frames(&angles[0], True)
         rows = [[self.jacobian[k * MOST_LINKS + i] for i in range(self.joints)] for k in range(6)]

@@ -23,7 +23,7 @@ cdef class Tracker:
     cdef void adopt(self, Limiter limiter) noexcept nogil
     # Rest at `target`.
     cdef void rest(self) noexcept nogil
-    # Scale velocity and acceleration limits from the next step on, 0 < scale <= 1.
+    # Scale the velocity limit and the acceleration of speeding up from the next step on, 0 < scale <= 1.
     cdef void slow(self, double scale) noexcept nogil
 
     cdef void _joint(self, Py_ssize_t i) noexcept nogil

@@ -8,10 +8,11 @@ of constant velocity up to the whole-step rounding of a stop, does not overshoot
 to the last bit.
 
 Samples are one ``period`` apart and differences are backward, as in `limits`, whose stop planner this module uses;
-its limits must be the tighter ones, so that clips in `limits` mean that something is wrong.
+its limits must be the tighter ones, so that clips in `limits` mean that something is wrong. At the ends of the range
+that takes at least velocity * period of room: a stop is rounded to whole steps there and here.
 """
 
-from libc.math cimport ceil, fabs, isfinite, sqrt
+from libc.math cimport fabs, isfinite, sqrt
 
 from chatvla_edge.runtime.limits cimport END, MOST_JOINTS, Limiter, plan_stop
 
@@ -35,7 +36,8 @@ cdef class Tracker:
         given = [np.array(x, dtype=np.float64, ndmin=1) for x in (lower, upper, velocity, acceleration, jerk)]
         n = given[0].size
         if not 1 <= n <= MOST_JOINTS or any(x.shape != (n,) or not np.isfinite(x).all() for x in given):
-            raise ValueError(f"expected limits of 1 to {MOST_JOINTS} finite numbers, found {[x.tolist() for x in given]}")
+            found = [x.tolist() for x in given]
+            raise ValueError(f"expected limits of 1 to {MOST_JOINTS} finite numbers, found {found}")
         if not ((given[0] < given[1]).all() and all((x > 0).all() for x in given[2:])):
             raise ValueError("expected lower < upper and positive velocity, acceleration and jerk for every joint")
         if not 100_000 <= period_ns <= 100_000_000:
@@ -60,7 +62,7 @@ cdef class Tracker:
     cdef void _joint(self, Py_ssize_t i) noexcept nogil:
         cdef double q = self.position[i], v = self.speed[i], a = self.acceleration[i], dt = self.dt
         cdef double fastest = self.velocity[i] * self.scale
-        cdef double top = self.top[i] * self.scale
+        cdef double top = self.top[i]
         cdef double change = self.change[i]
         cdef double target = self.before[i]
         cdef double pace, lean, asked, direct, pick, low, high, below, above, middle, value
@@ -89,9 +91,12 @@ cdef class Tracker:
             low = -change * (sqrt(1.0 + 2.0 * (v + fastest) / (dt * change)) - 1.0)
         else:
             low = (-fastest - v) / dt
+        # A lower scale is gentler in speeding up; braking keeps its strength, or slowing down would lengthen a stop.
+        high = max(min(high, top * self.scale if v >= 0.0 else top), -top)
+        low = min(max(low, -top * self.scale if v <= 0.0 else -top), top)
         # Jerk has the last word: it is what the limits in force a moment ago left open.
-        high = min(max(min(high, top), a - change), a + change)
-        low = max(min(max(low, -top), a + change), a - change)
+        high = min(max(high, a - change), a + change)
+        low = max(min(low, a + change), a - change)
 
         asked = (target - q) / dt
         direct = (asked - v) / dt
@@ -136,7 +141,7 @@ cdef class Tracker:
         """Where joint ``i`` comes to rest relative to its moving target if it takes ``a`` now and brakes then, rad."""
         cdef double v = self.speed[i] + a * self.dt
         cdef double q = self.position[i] + v * self.dt
-        if not plan_stop(v - pace, a - lean, self.top[i] * self.scale, self.change[i], self.dt, self.stop, 0):
+        if not plan_stop(v - pace, a - lean, self.top[i], self.change[i], self.dt, self.stop, 0):
             return q - target
         return q + self.stop[END] - target
 
@@ -179,7 +184,10 @@ cdef class Tracker:
         self.adopt(limiter)
 
     def set_speed(self, double scale):
-        """Scale velocity and acceleration limits: slow approaches and parking. Raises ValueError outside (0, 1]."""
+        """Scale the velocity limit and the acceleration of speeding up, for slow approaches and parking.
+
+        Braking keeps its strength. Raises ValueError outside (0, 1].
+        """
         if not 0.0 < scale <= 1.0:
             raise ValueError(f"speed scale {scale} is not in (0, 1]")
         self.slow(scale)

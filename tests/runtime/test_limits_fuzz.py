@@ -28,7 +28,9 @@ def test_no_limit_is_broken_in_ten_thousand_ticks_and_the_arm_can_stop_after_the
     limiter, commands, _, violations = judged(limits_source.MODULES["compiled"], name, 1, 12_000)
     assert not any(violations.values()), violations
     counted = np.frombuffer(limiter.counts, dtype=np.int64).reshape(len(KINDS), -1)
-    assert (counted[[KINDS.index(kind) for kind in ("position", "velocity", "nonfinite", "time")]] > 0).any(axis=1).all()
+    assert (
+        (counted[[KINDS.index(kind) for kind in ("position", "velocity", "nonfinite", "time")]] > 0).any(axis=1).all()
+    )
     # It did move: a limiter that never lets go breaks nothing either.
     assert (np.ptp(commands, axis=0) > 0.02).all()
     now = 10**15
@@ -36,6 +38,12 @@ def test_no_limit_is_broken_in_ten_thousand_ticks_and_the_arm_can_stop_after_the
         now += ARMS[name][1].period_ns
         limiter.brake(now)
     assert limiter.standing()
+
+
+@pytest.mark.parametrize("name", ["panda@5000us+walls", "fr3@2000us", "arx@2000us"])
+def test_the_interpreted_source_breaks_no_limit_either(name):
+    _, _, _, violations = judged(limits_source.MODULES["interpreted"], name, 3, 1200)
+    assert not any(violations.values()), violations
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -79,7 +87,7 @@ def test_no_limit_of_any_arm_is_broken_by_any_stream(arm, seed):
     assert not any(violations.values()), violations
 
 
-# --------------------------------------------------------------------------------------------- the oracle itself is tested
+# ------------------------------------------------------------------------------------------ the oracle itself is tested
 
 BOUNDS = ARMS["fr3@1000us"][1]
 
@@ -122,7 +130,9 @@ def test_the_oracle_knows_the_velocity_curve_and_the_walls():
     commands[:, 1] = 1.6 + t[:, 0] * 0.9
     assert "velocity" in found(commands, 10**9 + np.arange(1, 200) * 1_000_000)
     _, bounds, _ = ARMS["fr3@1000us+walls"]
-    assert "workspace" in found(np.tile([0.0, -1.5, 0, -2.8, 0, 1.6, 0], (5, 1)), np.arange(5) * 10**6 + 2 * 10**9, bounds)
+    assert "workspace" in found(
+        np.tile([0.0, -1.5, 0, -2.8, 0, 1.6, 0], (5, 1)), np.arange(5) * 10**6 + 2 * 10**9, bounds
+    )
 
 
 def test_the_oracle_knows_when_the_clock_lets_the_arm_move():

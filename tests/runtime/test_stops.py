@@ -1,5 +1,6 @@
 """A stop: three phases of whole steps that end at rest, judged by walking through them sample by sample."""
 
+import itertools
 import math
 import random
 from array import array
@@ -51,7 +52,9 @@ def time_to_stop(v, a, top, jerk):
     if v + a * abs(a) / (2 * jerk) < 0:
         v, a = -v, -a
     peak = min(top, math.sqrt(max(0.0, jerk * v + a * a / 2)))
-    return (a + peak) / jerk + peak / jerk + max(0.0, (v + a * a / (2 * jerk) - peak * peak / jerk) / peak if peak else 0)
+    return (
+        (a + peak) / jerk + peak / jerk + max(0.0, (v + a * a / (2 * jerk) - peak * peak / jerk) / peak if peak else 0)
+    )
 
 
 def test_a_stop_ends_at_rest_within_its_limits_where_it_said_it_would():
@@ -66,7 +69,7 @@ def test_a_stop_ends_at_rest_within_its_limits_where_it_said_it_would():
         scale = max(abs(v), abs(a) * dt, 1e-9)
         length = scale * dt * len(way)
         assert max(map(abs, accelerations)) <= top * (1 + 1e-9)
-        assert all(abs(y - x) <= change * (1 + 1e-9) for x, y in zip(accelerations, accelerations[1:], strict=False))
+        assert all(abs(y - x) <= change * (1 + 1e-9) for x, y in itertools.pairwise(accelerations))
         assert abs(speeds[-1]) <= 1e-7 * scale
         assert abs(accelerations[-1]) <= 1e-9 * top
         assert stop[limits.END] == pytest.approx(way[-1], abs=1e-7 * length)
@@ -93,6 +96,26 @@ def test_a_stop_takes_hardly_more_steps_than_the_least_time():
     assert sum(late[k] for k in late if k <= 2) >= 0.99 * sum(late.values()), late
 
 
+def test_a_stop_is_found_also_where_braking_is_nearly_done():
+    # Around the states from which releasing the brake at full jerk ends at rest, whole steps fit worst.
+    rng = random.Random(3)
+    missed, late, total = 0, 0, 20000
+    for _ in range(total):
+        top = 10 ** rng.uniform(-1, 2)
+        change = top * rng.uniform(0.03, 1)
+        dt = 10 ** rng.uniform(-3.5, -1)
+        a = rng.uniform(-1, 1) * top
+        v = -a * abs(a) / change * dt / 2 * rng.uniform(0.8, 1.6)
+        stop = plan(v, a, top, change, dt)
+        if stop is None:
+            missed += 1
+        else:
+            steps = stop[limits.STEPS_1] + stop[limits.STEPS_2] + stop[limits.STEPS_3]
+            late += steps - time_to_stop(v, a, top, change / dt) / dt > 3
+    assert missed <= 1e-3 * total
+    assert late <= 0.02 * total
+
+
 def test_a_stop_from_rest_goes_nowhere():
     stop = plan(0.0, 0.0, 10.0, 1.0, 0.002)
     assert [stop[k] for k in (limits.END, limits.AHEAD, limits.BEHIND, limits.FASTEST, limits.SLOWEST)] == [0.0] * 5
@@ -106,8 +129,8 @@ def test_a_stop_is_written_where_it_was_asked_for_and_nowhere_else():
 
 
 def test_no_stop_is_invented_where_the_counts_do_not_settle():
-    # One in ten thousand random states: every holding acceleration that fits the velocity misses the first ramp.
-    assert plan(1.5756581757861798, -20.671035969425212, 75.91434770487253, 2.7509337393376505, 0.019837289196) is None
+    # Rare: every holding acceleration that fits the velocity misses one of the ramps.
+    assert plan(-0.0049718750658171475, 1.064964384745813, 10.512270849343023, 0.0486118202011784, 4.371e-4) is None
 
 
 def test_the_least_time_of_the_reference_is_what_a_fine_search_finds():

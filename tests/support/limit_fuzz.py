@@ -1,7 +1,8 @@
 """Adversarial command streams for the limiter: what a broken policy, tracker or clock could send."""
 
 import numpy as np
-from support import limit_oracle
+
+from . import limit_oracle
 
 HOME = np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785])
 
@@ -113,10 +114,9 @@ def times(rng, bounds, count):
     period = bounds.period_ns
     step = np.full(count, period, dtype=np.int64)
     odd = rng.random(count) < 0.02
-    choices = np.array(
-        [0, 1, period // 2, period - period // 8, period - period // 8 - 1, 2 * period, 5 * period, -1, -7 * period]
-        + [bounds.gap_ns, bounds.gap_ns + 1, 3 * bounds.gap_ns]
-    )
+    near = [0, 1, period // 2, period - period // 8 - 1, period - period // 8, 2 * period, 5 * period]
+    far = [-1, -7 * period, bounds.gap_ns, bounds.gap_ns + 1, 3 * bounds.gap_ns]
+    choices = np.array([*near, *far])
     step[odd] = rng.choice(choices, int(odd.sum()))
     ticks = 10 * bounds.gap_ns + np.cumsum(step)
     broken = rng.random(count) < 2e-4

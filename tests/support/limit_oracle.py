@@ -5,6 +5,7 @@ finite differences, libfranka's velocity formulas as they stand in ``rate_limiti
 point from modified Denavit-Hartenberg tables. Nothing is taken from the module under test, and no tolerance is given.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,7 +113,7 @@ def advances(bounds, start_ns, ticks):
 
 
 def violations(bounds, start, start_ns, ticks, commands):
-    """Count broken limits by kind over a stream: ``commands`` [k, n] sent at ``ticks`` [k] (ns) from rest at ``start``."""
+    """Count broken limits by kind: ``commands`` [k, n] sent at ``ticks`` [k] (ns), from rest at ``start``."""
     kinds = advances(bounds, start_ns, ticks)
     found = dict.fromkeys(
         ["nonfinite", "position", "velocity", "acceleration", "jerk", "step", "workspace", "repeat"], 0
@@ -124,7 +125,7 @@ def violations(bounds, start, start_ns, ticks, commands):
     found["repeat"] = int((commands[still] != before[still]).sum())
     dt = bounds.period_ns / NS
     edges = [0, *(np.nonzero(kinds == "restart")[0] + 1), len(commands)]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         moved = commands[begin:end][~still[begin:end]]
         if not len(moved):
             continue
