@@ -108,7 +108,7 @@ class State:
     now_ns: int = 0
     entered_ns: int = 0  # when the mode began
     lease_until_ns: int = 0
-    generation: int = 0  # counts accepted arms; a servo that sees a new one starts with a slow approach
+    arming: int = 0  # counts accepted arms; a servo that sees a new one starts with a slow approach
     speed: float = 1.0
     held: bool = False  # by the operator, until `resume`
     stop_asked: bool = False
@@ -117,7 +117,6 @@ class State:
     late_ns: int = 0
     clipped_ticks: int = 0  # the counters at the last look
     skipped_ticks: int = 0
-    nonfinite_ticks: int = 0
     watch: Watch = field(default_factory=dict)
     causes: tuple[Reason, ...] = ()  # what led to the last soft stop or fault, kept until the next arm
     parts: tuple[str, ...] = ()
@@ -128,7 +127,7 @@ class Order:
     """What the servo is told."""
 
     want: Want
-    generation: int
+    arming: int
     speed: float
 
 
@@ -146,7 +145,7 @@ class Decision:
     @property
     def order(self) -> Order:
         """What to tell the servo."""
-        return Order(WANT[self.state.mode], self.state.generation, self.state.speed)
+        return Order(WANT[self.state.mode], self.state.arming, self.state.speed)
 
     @property
     def blocking(self) -> tuple[Reason, ...]:
@@ -167,7 +166,7 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
     if len(set(seen.parts)) < len(seen.parts) or state.parts not in ((), seen.parts):
         raise ValueError(f"the rig is made of {list(seen.parts)}; expected {list(state.parts) or 'distinct names'}")
     was, before = state.mode, state
-    state, nonfinite_ticks = _counted(state, seen, now_ns)
+    state = _counted(state, seen, now_ns)
     state = replace(
         state,
         now_ns=now_ns,
@@ -178,7 +177,7 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
     context = Context(
         mode=was,
         now_ns=now_ns,
-        generation=state.generation,
+        arming=state.arming,
         want=WANT[was],
         held=state.held,
         stop_asked=state.stop_asked,
@@ -188,12 +187,10 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
         stopping_ns=now_ns - state.entered_ns,
         clipped_ns=state.clipped_ns,
         late_ns=state.late_ns,
-        nonfinite_ticks=nonfinite_ticks,
     )
     watch, reasons = assess(seen, context, state.watch)
-    # The echo of STOP beside "standing" says that it will stay so: it stands because it was told to, not by chance.
-    servo = seen.servo
-    stands = servo.standing and servo.want is Want.STOP and servo.generation == state.generation
+    # With the echo beside it, "standing" will stay so: the servo stands because it was told to, not by chance.
+    stands = seen.servo.standing and seen.servo.want is Want.STOP
     state = _entered(replace(state, watch=watch), _next(was, reasons, stands), reasons)
     moves = [(was, state.mode)] if state.mode is not was else []
     replies = []
@@ -215,8 +212,8 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
     return Decision(state, reasons, tuple(moves), tuple(replies), events, clear_estop)
 
 
-def _counted(state: State, seen: Observations, now_ns: int) -> tuple[State, int]:
-    """The leaky buckets at ``now_ns``, and how many commands were not finite since the last look."""
+def _counted(state: State, seen: Observations, now_ns: int) -> State:
+    """``state`` with the leaky buckets at ``now_ns``."""
     servo = seen.servo
     elapsed = now_ns - state.now_ns
 
@@ -229,15 +226,13 @@ def _counted(state: State, seen: Observations, now_ns: int) -> tuple[State, int]
         # Twice the budget is full: however long the trouble lasted, it is forgotten in a time that one can wait for.
         return min(max(filled, 0), 2 * bucket.budget_ns)
 
-    counted = replace(
+    return replace(
         state,
         clipped_ns=level("limits clip", state.clipped_ns, new(servo.clipped_ticks, state.clipped_ticks)),
         late_ns=level("servo late", state.late_ns, new(servo.skipped_ticks, state.skipped_ticks)),
         clipped_ticks=servo.clipped_ticks,
         skipped_ticks=servo.skipped_ticks,
-        nonfinite_ticks=servo.nonfinite_ticks,
     )
-    return counted, new(servo.nonfinite_ticks, state.nonfinite_ticks)
 
 
 def _next(mode: Mode, reasons: tuple[Reason, ...], stands: bool) -> Mode:
@@ -308,8 +303,8 @@ def _answer(
         return accept(replace(state, held=False), "resuming" if not others else "resuming when these clear", others)
     assert act is Act.ARM
     if state.mode is Mode.READY:
-        armed = replace(_entered(state, Mode.ACTIVE, reasons), generation=state.generation + 1, causes=())
-        return accept(armed, f"armed, generation {armed.generation}; it begins with a slow approach")
+        armed = replace(_entered(state, Mode.ACTIVE, reasons), arming=state.arming + 1, causes=())
+        return accept(armed, f"armed, arming {armed.arming}; it begins with a slow approach")
     if state.mode in ARMED:
         return refuse(f"{state.mode.value}: armed already")
     if state.mode is Mode.FAULT:
@@ -368,7 +363,7 @@ class Arbiter:
             count = self.estop.count
             seen = replace(seen, estop_count=count, estop_raised=self.estop.raised)
             decision = step(self.state, seen, requests, self.clock())
-            # Kept before it takes effect: a generation that the servo may have seen is never given out again.
+            # Kept before it takes effect: a arming that the servo may have seen is never given out again.
             self.state = decision.state
             # Less comes before the order that explains it, more comes after the order that limits it.
             if decision.state.mode not in ARMED:

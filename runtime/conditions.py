@@ -14,7 +14,7 @@ from math import inf
 from typing import NamedTuple
 
 from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Clears, Mode, Reaction, S, Want
-from chatvla_edge.runtime.observations import Child, Observations
+from chatvla_edge.runtime.observations import Child, Observations, Policy
 
 # A stop along the path ramps tau to rest in 0.5 s at the gentlest setting (2 1/s), and braking a joint from 5 rad/s at
 # 5 rad/s^2 takes 1 s. Twice the longer one; whoever is not standing by then is not stopping.
@@ -32,7 +32,7 @@ class Context:
 
     mode: Mode
     now_ns: int
-    generation: int = 0  # of the last accepted arm
+    arming: int = 0  # of the last accepted arm
     want: Want = Want.REST  # what the servo was told last
     held: bool = False  # the operator said hold
     stop_asked: bool = False
@@ -42,7 +42,6 @@ class Context:
     stopping_ns: int = 0  # in SOFT_STOP
     clipped_ns: int = 0  # leaky buckets, see `arbiter`
     late_ns: int = 0
-    nonfinite_ticks: int = 0  # new since the last look
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -83,8 +82,12 @@ class Condition:
     lasting_ns: int = 0
     settle_ns: int = SETTLE_NS
     clears: Clears = Clears.BY_ITSELF
-    blocks_arming: bool = True
     judged_in: frozenset[Mode] = ALWAYS
+
+    @property
+    def blocks_arming(self) -> bool:
+        """Whether it stands against `arm`: all that is more than a note and can be while nothing is armed."""
+        return self.reaction > Reaction.NOTE and not self.judged_in <= ARMED
 
     def allowed(self, period_ns: int) -> float:
         """The budget for a stream with this period."""
@@ -94,6 +97,10 @@ class Condition:
 def _age(stamp_ns: int, now_ns: int) -> float:
     """Distance of a stamp from now. One from the future is damage, and as wrong as one as old."""
     return abs(now_ns - stamp_ns) if stamp_ns else inf
+
+
+def _owed(policy: Policy, context: Context) -> float:
+    return 0 if policy.owed_ns is None else _age(policy.owed_ns, context.now_ns)
 
 
 def _fact(true: bool, subject: str = "", words: str = "") -> Finding:
@@ -136,7 +143,7 @@ BUCKETS = {
     "servo late": Bucket(LEASE_NS, 0.05),
 }
 
-FRAME_WHY = "USB loses a frame or two; the policy itself looks at most every 150 ms or so"
+FRAME_WHY = "USB loses a frame or two, not five; a policy that takes 300 ms sees no difference below half of that"
 
 TABLE: tuple[Condition, ...] = (
     Condition(
@@ -148,7 +155,6 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=150 * MS,
         periods=5,
-        blocks_arming=False,
     ),
     Condition(
         "optional camera died",
@@ -156,7 +162,6 @@ TABLE: tuple[Condition, ...] = (
         _camera_died(required=False),
         "It is being restarted.",
         "a process lives or does not",
-        blocks_arming=False,
     ),
     Condition(
         "starved",
@@ -164,7 +169,14 @@ TABLE: tuple[Condition, ...] = (
         lambda seen, _: [_fact(seen.servo.starved)],
         "The arm waits at the end of its path for the next chunk.",
         "the servo has come to rest by itself; in sync mode this is every chunk's end",
-        blocks_arming=False,
+        judged_in=frozenset({Mode.ACTIVE}),
+    ),
+    Condition(
+        "unreachable",
+        Reaction.NOTE,
+        lambda seen, _: [_fact(seen.servo.unreachable)],
+        "The policy wants a pose without joint angles; the arm goes to the nearest.",
+        "tau stands meanwhile, and a pose that stays out of reach ends as limits clip or chunk stale",
         judged_in=frozenset({Mode.ACTIVE}),
     ),
     Condition(
@@ -186,7 +198,7 @@ TABLE: tuple[Condition, ...] = (
         "chunk stale",
         Reaction.HOLD,
         lambda seen, context: [
-            Finding("", _age(seen.policy.chunk_ns, context.now_ns), seen.policy.cycle_ns),
+            Finding("", _owed(seen.policy, context), seen.policy.cycle_ns),
         ],
         "See `status` for the policy's query times.",
         "one query may fail and the next still be in time",
@@ -287,6 +299,7 @@ TABLE: tuple[Condition, ...] = (
         at_least=0.05,
         lasting_ns=100 * MS,
         clears=Clears.BY_ARM,
+        judged_in=ARMED,
     ),
     Condition(
         "state stale",
@@ -300,16 +313,25 @@ TABLE: tuple[Condition, ...] = (
         clears=Clears.BY_ARM,
     ),
     Condition(
+        "arming refused",
+        Reaction.SOFT_STOP,
+        lambda seen, context: [_fact(seen.servo.arming != context.arming, words=seen.servo.stopped)],
+        "Bring the arm within its limits and see that its state arrives, then `arm`.",
+        "an arming takes a tick; a servo that still refuses it after a lease must not begin when nobody expects it",
+        lasting_ns=LEASE_NS,
+        clears=Clears.BY_ARM,
+        judged_in=frozenset({Mode.ACTIVE, Mode.HOLD}),
+    ),
+    Condition(
         "servo stopped",
         Reaction.SOFT_STOP,
-        # Said of an older generation it is the reason of the stop before this arm.
+        # Said of an older arming it is the reason of the stop before this one.
         lambda seen, context: [
-            _fact(bool(seen.servo.stopped) and seen.servo.generation == context.generation, words=seen.servo.stopped)
+            _fact(bool(seen.servo.stopped) and seen.servo.arming == context.arming, words=seen.servo.stopped)
         ],
         "`arm` when the reason is gone.",
         "the servo may always reduce on its own; it does not start again on its own",
         clears=Clears.BY_ARM,
-        blocks_arming=False,  # only a new generation ends it
         judged_in=ARMED,
     ),
     Condition(
@@ -370,14 +392,27 @@ TABLE: tuple[Condition, ...] = (
         "the limiter brakes at the first tick; a lag of 100 ms is no flexing of a joint",
         lasting_ns=100 * MS,
         clears=Clears.BY_DISARM,
+        judged_in=ARMED,  # unarmed, an arm may be moved by hand
     ),
     Condition(
         "command not finite",
         Reaction.FAULT,
-        lambda _, context: [_fact(context.nonfinite_ticks > 0)],
+        lambda seen, context: [_fact(seen.servo.nonfinite and seen.servo.arming == context.arming)],
         "A defect of this software: keep the log and report it.",
         "chunks with NaN are refused long before; here it can only be our mistake",
         clears=Clears.BY_DISARM,
+        judged_in=ARMED,
+    ),
+    Condition(
+        "device stopped",
+        Reaction.FAULT,
+        lambda seen, context: [
+            _fact(bool(d.stopped) and d.arming == context.arming, d.name, d.stopped) for d in seen.devices
+        ],
+        "It left the servo's path on its own: look at the arm, then `disarm`.",
+        "one arm that no longer follows stops all",
+        clears=Clears.BY_DISARM,
+        judged_in=ARMED,
     ),
     Condition(
         "servo lost",

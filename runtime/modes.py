@@ -45,8 +45,8 @@ class Clears(Enum):
 class Want(Enum):
     """What the arbiter wants of the servo. All but TRACK only ever reduce motion."""
 
-    REST = "REST"  # no lease: finish the stop that is under way, command nothing new
-    TRACK = "TRACK"  # follow the trajectory; after a new arm generation by a slow approach first
-    HOLD = "HOLD"  # ramp tau to 0 and hold the last command
-    STOP = "STOP"  # ramp tau to 0 and say when all joints stand
-    BRAKE = "BRAKE"  # no lease: the shortest stop within limits, path or not
+    REST = "rest"  # goes with a revoked lease: finish the stop that is under way, then command nothing
+    HOLD = "hold"  # ramp tau to 0 and hold the last command
+    TRACK = "track"  # follow the trajectory; after a new arming by a slow approach first
+    STOP = "stop"  # ramp tau to 0 along the path and stay there until the next arming
+    BRAKE = "brake"  # goes with a revoked lease: the shortest stop within limits, path or not

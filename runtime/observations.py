@@ -34,7 +34,9 @@ class Policy:
     """The policy process. ``cycle_ns`` is the time between chunks that the bundle declares for this target."""
 
     cycle_ns: int
-    chunk_ns: int  # publication of the newest chunk that the mailbox accepted
+    # Since when a chunk is owed: the acceptance of the newest one; in sync mode the end of its actions. None while none
+    # is, which an arm that is held in the middle of a sync chunk is for as long as it is held.
+    owed_ns: int | None
     ready: bool
     process: Child = Child()
 
@@ -46,13 +48,14 @@ class Servo:
     period_ns: int
     beat_ns: int
     want: Want  # the order it acts on, echoed: trails what it was told by a tick
-    generation: int  # the arm generation it acts on
+    arming: int  # the arming it acts on
     standing: bool  # tau and all joints at rest
     starved: bool = False  # the fused trajectory has ended
+    unreachable: bool = False  # no joint angles for the wanted pose: it goes to the nearest
     clipped_ticks: int = 0  # counters only grow, and restart at 0 with the process
     skipped_ticks: int = 0
-    nonfinite_ticks: int = 0
-    stopped: str = ""  # why it stopped by its own decision in this generation
+    nonfinite: bool = False  # since the arming it acts on, a command was NaN or infinite
+    stopped: str = ""  # why it stopped by its own decision since that arming, or why it would not begin
     process: Child = Child()
 
 
@@ -64,9 +67,11 @@ class Device:
     period_ns: int
     state_ns: int  # newest state that the device itself sent; a vendor library's clock does not count
     beat_ns: int
+    arming: int  # the arming it acts on
     lagging: bool = False  # measured position further from the command than the rig allows
     deviation: float = 0.0  # between what we sent and what the vendor's controller heads for: rad, m for a gripper
-    fault: str = ""
+    fault: str = ""  # what is wrong with it now
+    stopped: str = ""  # why it stopped by its own decision since the arming it acts on
     process: Child = Child()
 
 

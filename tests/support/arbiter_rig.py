@@ -19,15 +19,15 @@ Put = Callable[[Observations, int], Observations]
 
 def healthy(now: int, **servo) -> Observations:
     """Two arms, a required and an optional camera, everything fresh at ``now``."""
-    fields = {"want": Want.REST, "generation": 0, "standing": True, **servo}
+    fields = {"want": Want.REST, "arming": 0, "standing": True, **servo}
     return Observations(
         cameras=(Camera("top", True, 33_333_333, now), Camera("wrist", False, 16_666_667, now)),
         policy=Policy(300 * MS, now, ready=True),
         servo=Servo(SERVO_PERIOD, now, **fields),
         devices=(
-            Device("left", 2 * MS, now, now),
-            Device("right", 2 * MS, now, now),
-            Device("grip", 33 * MS, now, now),
+            Device("left", 2 * MS, now, now, fields["arming"]),
+            Device("right", 2 * MS, now, now, fields["arming"]),
+            Device("grip", 33 * MS, now, now, fields["arming"]),
         ),
         recorder=Child(),
         enable=True,
@@ -79,9 +79,10 @@ TROUBLES: dict[str, Put] = {
     "optional frame stale": stale_camera(1),
     "optional camera died": camera(1, process=DEAD),
     "starved": servo(starved=True),
+    "unreachable": servo(unreachable=True),
     "recorder died": whole(recorder=DEAD),
     "not at rest": servo(standing=False),
-    "chunk stale": lambda seen, age: policy(chunk_ns=seen.policy.chunk_ns - age)(seen, age),
+    "chunk stale": lambda seen, age: policy(owed_ns=seen.policy.owed_ns - age)(seen, age),
     "policy not ready": policy(ready=False),
     "policy died": policy_process(alive=False),
     "frame stale": stale_camera(0),
@@ -91,11 +92,13 @@ TROUBLES: dict[str, Put] = {
     "servo late": lambda seen, age: servo(skipped_ticks=age // SERVO_PERIOD)(seen, age),
     "vendor deviates": device(1, deviation=0.2),
     "state stale": lambda seen, age: device(1, state_ns=seen.devices[1].state_ns - age)(seen, age),
+    "arming refused": servo(arming=2),
     "servo stopped": servo(stopped="the lease had run out"),
     "enable released": whole(enable=False),
     "gave up": policy_process(given_up=True, last_words="out of memory"),
     "not following": device(1, lagging=True),
-    "command not finite": lambda seen, age: servo(nonfinite_ticks=1 + age // SERVO_PERIOD)(seen, age),
+    "command not finite": servo(nonfinite=True),
+    "device stopped": device(1, stopped="no new command within 100 ms"),
     "servo lost": lambda seen, age: servo(beat_ns=seen.servo.beat_ns - age)(seen, age),
     "device lost": lambda seen, age: device(1, beat_ns=seen.devices[1].beat_ns - age)(seen, age),
     "servo disobeys": lambda seen, age: servo(want=Want.HOLD if seen.servo.want is Want.TRACK else Want.TRACK)(
@@ -124,7 +127,7 @@ class Case:
 
     def __init__(self, mode: Mode) -> None:
         self.now = 100 * S
-        seen = healthy(self.now, want=WANT[mode], generation=3, standing=mode not in (Mode.ACTIVE, Mode.SOFT_STOP))
+        seen = healthy(self.now, want=WANT[mode], arming=3, standing=mode not in (Mode.ACTIVE, Mode.SOFT_STOP))
         self.seen = seen
         self.state = State(
             mode=mode,
@@ -132,7 +135,7 @@ class Case:
             entered_ns=self.now - 1 * S,
             lease_until_ns=self.now + 80 * MS if mode in ARMED else 0,
             waiting_since_ns=self.now - 1 * S if mode is Mode.HOLD else 0,
-            generation=3,
+            arming=3,
             parts=seen.parts,
         )
 
@@ -159,7 +162,7 @@ class Case:
         elif excess > 0:
             self.seen = TROUBLES[name](self.seen, 0)
         if row.lasting_ns:
-            subject = "" if name == "servo disobeys" else "right"
+            subject = "right" if name in ("vendor deviates", "not following") else ""
             reason = Reason(row, subject, 1, 0, "", now - row.lasting_ns)
             watch = {**self.state.watch, reason.key: Watched(reason, now - TURN, False)}
             self.state = replace(self.state, watch=watch)
@@ -176,7 +179,7 @@ class Life:
         self.now = 1000 * S
         self.state = State()
         self.begun: dict[str, int] = {}
-        self.want, self.generation = Want.REST, 0
+        self.want, self.arming = Want.REST, 0
         self.moved_ns = 0
         self.stuck = False  # never comes to rest
         self.decision: Decision
@@ -198,7 +201,7 @@ class Life:
 
     def look(self) -> Observations:
         standing = self.now - self.moved_ns >= STOPS_IN and not self.stuck
-        seen = healthy(self.now, want=self.want, generation=self.generation, standing=standing)
+        seen = healthy(self.now, want=self.want, arming=self.arming, standing=standing)
         for name, onset in self.begun.items():
             seen = TROUBLES[name](seen, self.now - onset)
         return seen
@@ -210,7 +213,7 @@ class Life:
         self.decision = step(self.state, self.look(), requests, self.now)
         self.state = self.decision.state
         order = self.decision.order
-        self.want, self.generation = order.want, order.generation
+        self.want, self.arming = order.want, order.arming
         if order.want is Want.TRACK:
             self.moved_ns = self.now
         return self.decision
