@@ -48,6 +48,7 @@ class RigSegments:
     states: tuple[Slot, ...]
     histories: tuple[Ring, ...]
     history_rows: int
+    prefix_used: bool  # only real-time chunking reads it, and it costs the servo some 10 us each time
 
     @classmethod
     def create(cls, plan: ServoPlan, *, telemetry_rows: int = 4096, history_rows: int = 2048) -> "RigSegments":
@@ -67,6 +68,7 @@ class RigSegments:
             states=tuple(Slot.create(f"state {arm.name}", STATE.itemsize) for arm in plan.arms),
             histories=tuple(Ring.create(f"history {arm.name}", STATE.itemsize, history_rows) for arm in plan.arms),
             history_rows=history_rows,
+            prefix_used=plan.fusion.mode == "rtc",
         )
 
     @property
@@ -79,7 +81,7 @@ class RigSegments:
             status=self.status.fd,
             chunks=self.chunks.fd,
             arms=tuple((command.fd, state.fd) for command, state in zip(self.commands, self.states, strict=True)),
-            prefix=self.prefix.fd,
+            prefix=self.prefix.fd if self.prefix_used else None,
             telemetry=self.telemetry.fd,
             telemetry_rows=self.telemetry_rows,
             histograms=self.histograms.fd,
