@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import cpu_count
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -333,7 +332,10 @@ def run(options: Namespace) -> Report:
 
     no_cyclictest = "cyclictest is not installed (apt-get install rt-tests)"
     goals = [("wake-up p50 above cyclictest's, GIL hog, median of the pairs", 10e-6, "s", 0)]
-    for name, goal, unit, place in [*goals, ("wake-up p99 over cyclictest's, GIL hog, median of the pairs", 2.0, "x", 1)]:
+    for name, goal, unit, place in [
+        *goals,
+        ("wake-up p99 over cyclictest's, GIL hog, median of the pairs", 2.0, "x", 1),
+    ]:
         if punctual is None:
             report.goal(name, None, "<=", goal, unit=unit, reason=no_cyclictest)
         else:
@@ -347,7 +349,7 @@ def run(options: Namespace) -> Report:
         report.goal("bytes allocated in 500 ticks", max(0, taken - 64), "==", 0)
     report.goal("chunks not used by the first tick that starts after them", missed, "==", 0)
     report.method.append(
-        f"wake-up: {pairs} pairs beside the GIL hog, {max(3, pairs // 3)} else, {seconds:g} s each side, order drawn anew"
+        f"wake-up: {pairs} pairs beside the GIL hog, {max(3, pairs // 3)} else, {seconds:g} s a side, order drawn anew"
     )
     grants = ", ".join(f"{g.what} {'obtained' if g.obtained else 'refused'}" for g in grants_here())
     report.method.append(f"real-time rights: {grants}")

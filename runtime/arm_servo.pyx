@@ -11,8 +11,6 @@ from libc.string cimport memset
 
 import numpy as np
 
-from chatvla_edge.runtime.limits cimport FOLLOWING, NONFINITE
-from chatvla_edge.runtime.realtime cimport c_now_ns
 from chatvla_edge.runtime.rotations cimport decode_rotation, encode_rotation
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_ARM_FAULT, BECAUSE_STATE_STALE, DEVICE_BRAKING, DEVICE_FOLLOWING, DEVICE_HOLDING, CommandRecord,
@@ -85,7 +83,8 @@ cdef class ArmServo:
     cdef void read_state(self) noexcept nogil:
         # Into scratch, so that a copy which failed (a writer racing round all cells) leaves the last good state.
         cdef Stamp stamp
-        if c_read_latest(&self.state_cells, self.stamp.sequence if self.has_state else 0, &self.scratch, &stamp) == CELL_NEW:
+        cdef uint64_t seen = self.stamp.sequence if self.has_state else 0
+        if c_read_latest(&self.state_cells, seen, &self.scratch, &stamp) == CELL_NEW:
             self.state = self.scratch
             self.stamp = stamp
             self.has_state = True
@@ -98,7 +97,8 @@ cdef class ArmServo:
 
     cdef uint64_t condition(self, int64_t now_ns, uint64_t arming) noexcept nogil:
         cdef uint64_t bits = 0
-        if not self.has_state or now_ns - self.stamp.captured_ns > self.budget_ns or self.state.axes != <uint64_t>self.axes:
+        cdef bint known = self.has_state and self.state.axes == <uint64_t>self.axes
+        if not known or now_ns - self.stamp.captured_ns > self.budget_ns:
             bits |= 1 << BECAUSE_STATE_STALE
         # A fault that the device reports of an earlier arming has been answered by the operator's arming since.
         if self.has_state and self.state.faults and self.state.arming == arming:

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
+from support.limit_oracle import Bounds, violations
+from support.virtual_rig import LEASE_NS, START_NS, joint_plan
+
 from chatvla_edge.runtime.device_plan import DevicePlan
 from chatvla_edge.runtime.devices import DeviceLoop
 from chatvla_edge.runtime.pages import Lease
 from chatvla_edge.runtime.rig_segments import RigSegments
 from chatvla_edge.runtime.servo_records import COMMAND, DEVICE_DOING, DEVICE_FAULTS, STATE, names
 from chatvla_edge.runtime.slots import Slot
-from support.limit_oracle import Bounds, violations
-from support.virtual_rig import LEASE_NS, START_NS, joint_plan
 
 AXES = 2
 PERIOD = 2_000_000
@@ -111,8 +112,12 @@ class Bench:
     def violations(self):
         limits = self.plan
         bounds = Bounds(
-            np.array(limits.lower), np.array(limits.upper), np.array(limits.velocity), np.array(limits.acceleration),
-            np.array(limits.jerk), PERIOD,
+            np.array(limits.lower),
+            np.array(limits.upper),
+            np.array(limits.velocity),
+            np.array(limits.acceleration),
+            np.array(limits.jerk),
+            PERIOD,
         )
         told = np.array(self.driver.told)
         ticks = START_NS + PERIOD * np.arange(1, len(told))

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from chatvla_edge.runtime.servo_plan import FusionPlan
 from support.virtual_rig import VirtualRig, joint_plan
+
+from chatvla_edge.runtime.servo_plan import FusionPlan
 
 STEP = 0.02
 ROWS = np.arange(50)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chatvla_edge.runtime.servo as servo_module
 import pytest
 from support.virtual_rig import VirtualRig, joint_plan
+
+import chatvla_edge.runtime.servo as servo_module
 
 RUNTIME = Path(servo_module.__file__).parent
 

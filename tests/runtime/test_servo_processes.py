@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from chatvla_edge.runtime.histogram import SNAPSHOT, Histogram
-from chatvla_edge.runtime.servo_records import REASONS
 from support.process_rig import LEASE_MS, ProcessRig
 from support.virtual_rig import joint_plan
+
+from chatvla_edge.runtime.histogram import SNAPSHOT, Histogram
+from chatvla_edge.runtime.servo_records import REASONS
 
 AXES = 3
 ROWS = np.arange(50)

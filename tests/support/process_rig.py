@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
 from chatvla_edge.runtime.device_plan import DevicePlan
 from chatvla_edge.runtime.mailbox import ChunkMailbox
 from chatvla_edge.runtime.processes import start_device, start_servo
@@ -159,7 +160,7 @@ class ProcessRig:
         """Limits broken by what the servo let out, by kind, judged at the ticks' own deadlines; {} for none."""
         rows = self.telemetry()
         assert (np.diff(rows["tick"]) == 1).all()
-        # From the last tick before the first arming on: there the arms stand, and their measured place is where they do.
+        # From the last tick before the first arming on: there the arms stand where they are measured.
         rows = rows[max(0, np.nonzero(rows["doing"])[0][0] - 1) :]
         rows["limited"][0] = rows["measured"][0]
         found, at = {}, 0

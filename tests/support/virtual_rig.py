@@ -6,6 +6,7 @@ Nothing here sleeps. A tick is one call, so a scenario of minutes runs in a mome
 from dataclasses import replace
 
 import numpy as np
+
 from chatvla_edge.runtime.mailbox import ChunkMailbox
 from chatvla_edge.runtime.pages import Lease
 from chatvla_edge.runtime.rig_segments import RigSegments
