@@ -37,9 +37,10 @@ from chatvla_edge.runtime.histogram import TOPS, Histogram
 from chatvla_edge.runtime.mailbox import ChunkMailbox
 from chatvla_edge.runtime.pages import Lease
 from chatvla_edge.runtime.rig_segments import RigSegments
-from chatvla_edge.runtime.servo import STEP_NAMES, Servo
+from chatvla_edge.runtime.servo import Servo
 from chatvla_edge.runtime.servo_plan import ArmPlan, AxisLimits, DirectAxis, ServoPlan
 from chatvla_edge.runtime.servo_records import MODE, SERVO_DOING, STATE, WANTED, telemetry
+from chatvla_edge.runtime.servo_reports import STEP_NAMES
 from chatvla_edge.runtime.slots import Slot
 
 SUMMARY = "The servo: wake-up lateness beside cyclictest, cost of a tick by step, hand-off of a chunk."

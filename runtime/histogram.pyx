@@ -68,4 +68,4 @@ cdef class Histogram:
     @property
     def mean(self) -> float:
         """Mean of all values, exactly; 0 before the first."""
-        return self.counts.sum / self.counts.total if self.counts.total else 0.0
+        return <double>self.counts.sum / <double>self.counts.total if self.counts.total else 0.0

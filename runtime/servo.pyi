@@ -8,8 +8,6 @@ from chatvla_edge.runtime.histogram import Histogram
 from chatvla_edge.runtime.servo_plan import ServoPlan, ServoWires
 from chatvla_edge.runtime.tau import TauClock
 
-STEP_NAMES: tuple[str, ...]
-
 class Servo:
     plan: ServoPlan
     arms: list[ArmServo]

@@ -1,4 +1,4 @@
-"""The servo: one loop per rig, without the GIL, that turns chunks into limited commands at native rate (DESIGN 4.5, 4.6).
+"""The servo: one loop per rig, without the GIL, from chunks to limited commands at native rate (DESIGN 4.5, 4.6).
 
 A tick, in this order:
 
@@ -14,47 +14,50 @@ A tick, in this order:
     report       committed prefix, status, telemetry
 
 No reason ever means "no command": tau ramps to 0 along the path, then the last command is repeated. All arms share one
-tau, so what stops one stops all. Reasons in LATCHING outlast their cause: only an arming ends them, and the motion after
-an arming is an approach: tau stands while the arms go to the newest chunk's first due action at a share of their limits.
+tau, so what stops one stops all. Reasons in LATCHING outlast their cause: only an arming ends them, and the motion
+after an arming is an approach: tau stands while the arms go to the newest chunk's first due action at a share of their
+limits.
 
 `c_tick` computes from what it is given and from shared memory; it reads the clock to account for its own cost only, so
 that a test can tick through hours of virtual time in seconds. It allocates nothing and touches no Python object.
 """
 
 from libc.math cimport NAN
-from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import numpy as np
 
 from chatvla_edge.runtime.arm_servo cimport NOT_STANDING, ArmServo
-from chatvla_edge.runtime.chunks cimport ACCEPTED, ChunkHeader
+from chatvla_edge.runtime.chunk_inbox cimport NOTHING_TAKEN
+from chatvla_edge.runtime.chunks cimport ACCEPTED
 from chatvla_edge.runtime.fusion cimport SAMPLE_STARVED, SAMPLE_UNANCHORED
-from chatvla_edge.runtime.histogram cimport Histogram, c_percentile, c_record
+from chatvla_edge.runtime.histogram cimport Counts, Histogram, c_record
 from chatvla_edge.runtime.limits cimport FOLLOWING, NONFINITE
-from chatvla_edge.runtime.mailbox cimport PrefixHeader, c_publish_prefix, c_take_chunk
 from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
 from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP,
     BECAUSE_HOLD, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_REST, BECAUSE_STALLED, BECAUSE_START_REFUSED,
-    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, MOST_ARMS,
-    SERVO_APPROACHING, SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord,
-    TelemetryHeader, WANT_BRAKE, WANT_HOLD, WANT_REST, WANT_STOP, WANT_TRACK,
+    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, SERVO_APPROACHING,
+    SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord, WANT_BRAKE, WANT_HOLD,
+    WANT_REST, WANT_STOP, WANT_TRACK,
 )
-from chatvla_edge.runtime.slots cimport CELL_NEW, c_publish, c_read_latest, load_relaxed, store_relaxed
+from chatvla_edge.runtime.servo_reports cimport (
+    STEP_CHUNK, STEP_COMMAND, STEP_FUSE, STEP_GATE, STEP_KINEMATICS, STEP_LIMIT, STEP_REPORT, STEP_STATE, STEP_TAU,
+    STEP_TRACK,
+)
+from chatvla_edge.runtime.slots cimport CELL_NEW, Stamp, c_read_latest, load_relaxed, store_relaxed
 
 from chatvla_edge.runtime.arm_servo import ArmServo as make_arm
+from chatvla_edge.runtime.chunk_inbox import ChunkInbox as make_inbox
 from chatvla_edge.runtime.fusion import Fusion as make_fusion
 from chatvla_edge.runtime.knots import ActionLayout
-from chatvla_edge.runtime.servo_records import COMMAND, MODE, STATE, STATUS, telemetry
+from chatvla_edge.runtime.mailbox import ChunkMailbox
+from chatvla_edge.runtime.servo_records import COMMAND, MODE, STATE, STATUS
+from chatvla_edge.runtime.servo_reports import ServoReports as make_reports
 from chatvla_edge.runtime.tau import TauClock as make_clock
-
-STEP_NAMES = (
-    "gate", "chunk", "tau", "fuse", "kinematics", "track", "limit", "command", "state", "report",
-)
-assert len(STEP_NAMES) == STEP_COUNT
 
 # As LATCHING in servo_records.pyx, and those of them for which the path is left: every axis brakes by itself.
 cdef uint64_t LATCHING_BITS = (
@@ -62,10 +65,6 @@ cdef uint64_t LATCHING_BITS = (
     | 1 << BECAUSE_ARM_FAULT | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
 )
 cdef uint64_t BRAKING_BITS = 1 << BECAUSE_BRAKE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
-# Percentiles in the status are taken anew this often; one takes about a microsecond.
-cdef uint64_t REFRESH = 64
-# Chunks carry a tau that was read from this servo; a microsecond covers rounding on the way.
-cdef double TAU_NOISE = 1e-6
 
 
 cdef class Servo:
@@ -78,41 +77,26 @@ cdef class Servo:
         cdef int i
         cdef size_t H = plan.horizon
         cdef size_t A = len(plan.components)
-        cdef size_t J = plan.axes
         if len(wires.arms) != len(plan.arms):
             raise ValueError(f"wires for {len(wires.arms)} arms; the plan has {len(plan.arms)}")
         self.plan = plan
         self.actions = <int>A
-        self.axes = <Py_ssize_t>J
+        self.axes = plan.axes
         self.period_ns = plan.period_ns
         self.period = 1e-9 * self.period_ns
         self.gap_ns = round(1e9 * plan.gap)
         self.chunk_budget_ns = round(1e9 * plan.chunk_budget)
         self.rest_ticks = round(plan.rest * plan.rate)
-        self.prefix_ticks = max(1, round(0.01 * plan.rate))
         self.approach_speed = plan.approach_speed
-        self.first_step = plan.first_step
-        self.action_dt = plan.action_dt
-        self.sync = plan.fusion.mode == "sync"
 
         self.lease = Lease.attach(wires.lease)
         self.estop = EmergencyStop.attach(wires.estop)
         self.mode_slot = Slot.attach(wires.mode, MODE.itemsize)
-        self.status_slot = Slot.attach(wires.status, STATUS.itemsize, write=True)
-        self.mailbox = ChunkMailbox.attach(wires.chunks, H, A)
         self.lease_page = self.lease.page
         self.stop_page = self.estop.page
         self.mode_cells = self.mode_slot.cells
-        self.status_cells = self.status_slot.cells
-        self.box = self.mailbox.box
-        if wires.prefix is not None:
-            self.prefix_slot = PrefixSlot.attach(wires.prefix, H, A, write=True)
-            self.prefix_box = self.prefix_slot.box
-        if wires.telemetry is not None:
-            row = telemetry(A, J)
-            self.telemetry_ring = Ring.attach(wires.telemetry, row.itemsize, wires.telemetry_rows, write=True)
-            self.telemetry_cells = self.telemetry_ring.cells
-
+        self.inbox = make_inbox(ChunkMailbox.attach(wires.chunks, H, A), plan.fusion.mode == "sync")
+        self.reports = make_reports(plan, wires)
         self.arms = [
             make_arm(
                 arm, Slot.attach(command, COMMAND.itemsize, write=True), Slot.attach(state, STATE.itemsize),
@@ -134,19 +118,10 @@ cdef class Servo:
             **({} if plan.tau_jerk is None else {"max_jerk": plan.tau_jerk}),
         )
 
-        # One block: two chunks, action and rate, prefix and mask, the telemetry row.
-        self.memory = <double *>calloc(
-            3 * H * A + 2 * A + H + sizeof(TelemetryHeader) // 8 + 2 * A + 4 * J, sizeof(double)
-        )
-        if self.memory is NULL:
+        self.fused = self.reports.fused
+        self.fused_rate = <double *>calloc(A, sizeof(double))
+        if self.fused_rate is NULL:
             raise MemoryError
-        self.rows = self.memory
-        self.inbox = self.rows + H * A
-        self.prefix = self.inbox + H * A
-        self.mask = self.prefix + H * A
-        self.fused = self.mask + H
-        self.fused_rate = self.fused + A
-        self.row = <TelemetryHeader *>(self.fused_rate + A)
         memset(&self.status, 0, sizeof(StatusRecord))
         self.standing = True
         self.approach = True
@@ -154,7 +129,7 @@ cdef class Servo:
             (<ArmServo>self.arm[i]).read_state()
 
     def __dealloc__(self):
-        free(self.memory)
+        free(self.fused_rate)
 
     # ---------------------------------------------------------------------------------------------------- the tick
 
@@ -167,56 +142,48 @@ cdef class Servo:
         self.status.tick += 1
 
         reasons = self._gate(tick_ns, now_ns)
-        mark = self._account(STEP_GATE, mark)
+        mark = self.reports.account(STEP_GATE, mark)
 
         reasons |= self._take_chunk(now_ns)
-        mark = self._account(STEP_CHUNK, mark)
+        mark = self.reports.account(STEP_CHUNK, mark)
 
         if self.moving:
             wanted_rate = self._wanted_rate(reasons)
             self.clock.c_advance(self.period, wanted_rate, self.fusion.c_path_end())
-            mark = self._account(STEP_TAU, mark)
+            mark = self.reports.account(STEP_TAU, mark)
 
             reasons |= self._fuse()
-            mark = self._account(STEP_FUSE, mark)
+            mark = self.reports.account(STEP_FUSE, mark)
 
             for i in range(self.arm_count):
                 if not (<ArmServo>self.arm[i]).aim(self.fused):
                     reasons |= 1 << BECAUSE_UNREACHABLE
             if reasons & 1 << BECAUSE_UNREACHABLE:
                 self.status.unreachable_ticks += 1
-            mark = self._account(STEP_KINEMATICS, mark)
+            mark = self.reports.account(STEP_KINEMATICS, mark)
 
             for i in range(self.arm_count):
                 (<ArmServo>self.arm[i]).track()
-            mark = self._account(STEP_TRACK, mark)
+            mark = self.reports.account(STEP_TRACK, mark)
 
             clipped = self._limit(tick_ns)
-            mark = self._account(STEP_LIMIT, mark)
+            mark = self.reports.account(STEP_LIMIT, mark)
         else:
             wanted_rate = 0
 
         for i in range(self.arm_count):
             (<ArmServo>self.arm[i]).publish(self.status.tick, self.moving, self.status.arming, tick_ns, now_ns)
-        mark = self._account(STEP_COMMAND, mark)
+        mark = self.reports.account(STEP_COMMAND, mark)
 
         for i in range(self.arm_count):
             (<ArmServo>self.arm[i]).read_state()
-        mark = self._account(STEP_STATE, mark)
+        mark = self.reports.account(STEP_STATE, mark)
 
-        self.status.doing = self._doing(wanted_rate)
-        self.status.standing = self.standing and self.clock.state.rate == 0
-        self.status.reasons = reasons
-        self.status.latched |= reasons if self.moving else 0
-        if self.prefix_slot is not None and self.status.tick % self.prefix_ticks == 0:
-            self._publish_prefix(now_ns)
-        self._publish_status(tick_ns, now_ns)
-        if self.telemetry_ring is not None:
-            self._publish_telemetry(tick_ns, now_ns, clipped)
-        mark = self._account(STEP_REPORT, mark)
+        self._report(tick_ns, now_ns, reasons, wanted_rate, clipped)
+        mark = self.reports.account(STEP_REPORT, mark)
+        c_record(&self.reports.cost, mark - begun)
+        self.reports.row.cost_ns = mark - begun
         self.last_tick_ns = tick_ns
-        c_record(&self.cost, mark - begun)
-        self.row.cost_ns = mark - begun
 
     cdef uint64_t _gate(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
         """Every reason not to move that is known before the chunks; arms the robot where the mode asks for it."""
@@ -265,7 +232,7 @@ cdef class Servo:
             bits |= self.status.latched & LATCHING_BITS
             if self.mode.epoch > self.status.epoch and self.fusion.c_set_epoch(self.mode.epoch) == 0:
                 self.status.epoch = self.mode.epoch
-                self.has_chunk = False
+                self.inbox.has_chunk = False
         self.braking = (bits & BRAKING_BITS) != 0
         if self.braking:
             # The path is left; only an arming finds it again, and that begins at rest.
@@ -293,7 +260,7 @@ cdef class Servo:
             return 1 << BECAUSE_START_REFUSED
         self.moving = True
         self.approach = True
-        self.has_chunk = False
+        self.inbox.has_chunk = False
         self.stood = 0
         self.status.arming = self.mode.arming
         self.status.epoch = self.mode.epoch
@@ -302,38 +269,21 @@ cdef class Servo:
         return 0
 
     cdef uint64_t _take_chunk(self, int64_t now_ns) noexcept nogil:
-        """Push the newest chunk into the fused trajectory; what its age or absence means."""
-        cdef ChunkHeader header
-        cdef int verdict
-        cdef double *rows
-        if c_take_chunk(&self.box, &self.chunk_seen, &self.posted, self.inbox, &self.posted_stamp) == CELL_NEW:
-            header.epoch = self.posted.epoch
-            header.sequence = self.posted_stamp.sequence
-            header.tau_observation = self.posted.tau_observation
-            header.dt = self.posted.dt
-            header.rows = <int32_t>self.posted.n_actions
-            header.first_step = <int32_t>self.posted.first_step
-            if header.first_step != self.posted.first_step:
-                header.first_step = INT32_MAX  # refused as malformed
-            verdict = self.fusion.c_push(&header, self.inbox)
-            self.status.last_verdict = verdict
+        """The newest chunk into the fused trajectory; what its age or absence means."""
+        cdef int verdict = self.inbox.take(self.fusion, now_ns)
+        if verdict != NOTHING_TAKEN:
+            self.status.last_verdict = <uint64_t>verdict
             if verdict == ACCEPTED:
                 self.status.chunks_taken += 1
-                rows = self.rows
-                self.rows = self.inbox
-                self.inbox = rows
-                self.header = header
-                self.observed_ns = self.posted_stamp.captured_ns
-                self.has_chunk = True
-                self.delay = max(0.9 * self.delay, min(1e-9 * (now_ns - self.observed_ns), 10.0))
             else:
                 self.status.chunks_refused += 1
-        if not self.has_chunk:
+        if not self.inbox.has_chunk:
             return 1 << BECAUSE_STARVED
-        c_record(&self.chunk_age, now_ns - self.observed_ns)
-        if now_ns - self.observed_ns > self.chunk_budget_ns:
+        if now_ns - self.inbox.observed_ns > self.chunk_budget_ns:
             return 1 << BECAUSE_CHUNK_STALE
-        return 1 << BECAUSE_STARVED if self.approach and not self._ahead() else 0
+        if self.approach and not self.inbox.ahead(self.fusion, self.clock.state.tau):
+            return 1 << BECAUSE_STARVED
+        return 0
 
     cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil:
         """The rate that tau shall have, and whether this tick belongs to an approach."""
@@ -353,10 +303,7 @@ cdef class Servo:
         for i in range(self.arm_count):
             (<ArmServo>self.arm[i]).slow(self.approach_speed if self.approach else 1.0)
         if self.approaching:
-            memcpy(
-                self.fused, self.rows + self._due_row(self.clock.state.tau, True) * self.actions,
-                self.actions * sizeof(double),
-            )
+            memcpy(self.fused, self.inbox.due(self.clock.state.tau, True), self.actions * sizeof(double))
             return 1 << BECAUSE_APPROACH
         if self.approach:
             # Nothing to go to, or a reason not to: there is no path to stop along, so the axes brake and stay.
@@ -401,7 +348,7 @@ cdef class Servo:
                     return
         # The path begins anew at the first target, with the newest chunk ahead of it.
         self.fusion.c_reset(self.status.epoch, self.clock.state.tau, self.fused)
-        self.fusion.c_push(&self.header, self.rows)
+        self.fusion.c_push(&self.inbox.header, self.inbox.rows)
         self.approach = False
         self.stood = 0
 
@@ -418,104 +365,41 @@ cdef class Servo:
             return SERVO_STOPPING
         return SERVO_STANDING
 
-    cdef bint _ahead(self) noexcept nogil:
-        """Whether the newest accepted chunk has actions left to approach."""
-        if self.sync:
-            return self.fusion.c_sequence() != self.header.sequence
-        return self.clock.state.tau + TAU_NOISE < (
-            self.header.tau_observation + (self.header.first_step + self.header.rows - 1) * self.header.dt
-        )
-
-    cdef int _due_row(self, double tau, bint next) noexcept nogil:
-        """The row of the newest accepted chunk that is due next at ``tau`` (``next``), or was due last."""
-        cdef double step
-        cdef int row, last = self.header.rows - 1
-        if self.sync and next:
-            return 0
-        step = (tau - self.header.tau_observation) / self.header.dt - self.header.first_step
-        step = min(max(step, 0.0), <double>last)
-        row = <int>step
-        if next and row < last and step - row > TAU_NOISE:
-            row += 1
-        return row
-
-    # ------------------------------------------------------------------------------------------------------ reports
-
-    cdef void _publish_prefix(self, int64_t now_ns) noexcept nogil:
-        cdef PrefixHeader header
-        cdef double tau = self.clock.state.tau
-        self.fusion.c_committed_prefix(
-            tau, self.first_step, self.action_dt, <int>self.prefix_box.horizon, self.delay * self.clock.state.rate,
-            self.prefix, self.mask,
-        )
-        header.epoch = self.status.epoch
-        header.tau = tau + self.first_step * self.action_dt
-        header.dt = self.action_dt
-        c_publish_prefix(&self.prefix_box, &header, self.prefix, self.mask, now_ns, now_ns)
-
-    cdef void _publish_status(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
+    cdef void _report(
+        self, int64_t tick_ns, int64_t now_ns, uint64_t reasons, double wanted_rate, int clipped
+    ) noexcept nogil:
+        """Status, telemetry and committed prefix of this tick."""
         cdef StatusRecord *status = &self.status
+        cdef double *arms = self.reports.tracked
         cdef double left
-        cdef int i
+        cdef Py_ssize_t i, at = 0
         status.tick_ns = tick_ns
+        status.doing = self._doing(wanted_rate)
+        status.standing = self.standing and self.clock.state.rate == 0
+        status.reasons = reasons
+        if self.moving:
+            status.latched |= reasons
         status.tau = self.clock.state.tau
         status.tau_rate = self.clock.state.rate
         status.speed = self.mode.speed
         left = self.fusion.c_path_end() - status.tau
         status.path_left = left if left > 0 else 0
         status.chunk = self.fusion.c_sequence()
-        status.chunk_age_ns = now_ns - self.observed_ns if self.has_chunk else -1
+        status.chunk_age_ns = now_ns - self.inbox.observed_ns if self.inbox.has_chunk else -1
         for i in range(self.arm_count):
             status.state_age_ns[i] = (<ArmServo>self.arm[i]).age_ns(now_ns)
             status.arm_faults[i] = (<ArmServo>self.arm[i]).faults()
-        status.lateness_max_ns = self.lateness.largest
-        status.cost_max_ns = self.cost.largest
-        # One percentile at a time, so that no tick pays for all.
-        if status.tick % REFRESH == 0:
-            i = <int>(status.tick // REFRESH % 4)
-            if i == 0:
-                status.lateness_p50_ns = c_percentile(&self.lateness, 0.5)
-            elif i == 1:
-                status.lateness_p99_ns = c_percentile(&self.lateness, 0.99)
-            elif i == 2:
-                status.cost_p50_ns = c_percentile(&self.cost, 0.5)
-            else:
-                status.cost_p99_ns = c_percentile(&self.cost, 0.99)
-        c_publish(&self.status_cells, status, now_ns, tick_ns)
-
-    cdef void _publish_telemetry(self, int64_t tick_ns, int64_t now_ns, int clipped) noexcept nogil:
-        cdef TelemetryHeader *row = self.row
-        cdef double *raw = <double *>(row + 1)
-        cdef double *tracked = raw + 2 * self.actions
-        cdef Py_ssize_t i, at = 0
-        row.tick = self.status.tick
-        row.tick_ns = tick_ns
-        row.late_ns = now_ns - tick_ns
-        row.doing = self.status.doing
-        row.reasons = self.status.reasons
-        row.clipped = <uint64_t>clipped
-        row.chunk = self.status.chunk
-        row.tau = self.clock.state.tau
-        row.tau_rate = self.clock.state.rate
-        if self.has_chunk:
-            memcpy(
-                raw, self.rows + self._due_row(self.clock.state.tau, False) * self.actions,
-                self.actions * sizeof(double),
+            at += (<ArmServo>self.arm[i]).report(
+                arms + at, arms + self.axes + at, arms + 2 * self.axes + at, arms + 3 * self.axes + at
             )
+        self.reports.publish_prefix(self.fusion, status, self.inbox.delay, now_ns)
+        self.reports.publish_status(status, now_ns)
+        if self.inbox.has_chunk:
+            memcpy(self.reports.raw, self.inbox.due(status.tau, False), self.actions * sizeof(double))
         else:
             for i in range(self.actions):
-                raw[i] = NAN
-        memcpy(raw + self.actions, self.fused, self.actions * sizeof(double))
-        for i in range(self.arm_count):
-            at += (<ArmServo>self.arm[i]).report(
-                tracked + at, tracked + self.axes + at, tracked + 2 * self.axes + at, tracked + 3 * self.axes + at
-            )
-        c_publish(&self.telemetry_cells, row, now_ns, tick_ns)
-
-    cdef int64_t _account(self, int step, int64_t since_ns) noexcept nogil:
-        cdef int64_t now = c_now_ns()
-        c_record(&self.steps[step], now - since_ns)
-        return now
+                self.reports.raw[i] = NAN
+        self.reports.publish_telemetry(status, clipped, now_ns)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -530,7 +414,7 @@ cdef class Servo:
         while ticks > 0 and not (load_relaxed(&self.quitting) and not self.moving):
             c_sleep_until_ns(deadline)
             now = c_now_ns()
-            c_record(&self.lateness, now - deadline)
+            c_record(&self.reports.lateness, now - deadline)
             skipped = (now - deadline) // self.period_ns
             if skipped > 0:
                 self.status.overruns += <uint64_t>skipped
@@ -567,21 +451,11 @@ cdef class Servo:
 
     def histograms(self):
         """Copies: ``lateness``, ``cost``, ``chunk_age``, and one for each of STEP_NAMES, in ns."""
-        cdef int i
-        found = {"lateness": copied(&self.lateness), "cost": copied(&self.cost), "chunk_age": copied(&self.chunk_age)}
-        for i, name in enumerate(STEP_NAMES):
-            found[name] = copied(&self.steps[i])
-        return found
+        age = Histogram()
+        (<Histogram>age).counts = self.inbox.age
+        return {**self.reports.histograms(), "chunk_age": age}
 
     def clear_histograms(self):
         """Forget what was counted so far: benchmarks leave their first ticks out."""
-        memset(&self.lateness, 0, sizeof(Counts))
-        memset(&self.cost, 0, sizeof(Counts))
-        memset(&self.chunk_age, 0, sizeof(Counts))
-        memset(self.steps, 0, sizeof(self.steps))
-
-
-cdef Histogram copied(const Counts *counts):
-    cdef Histogram histogram = Histogram()
-    memcpy(&histogram.counts, counts, sizeof(Counts))
-    return histogram
+        self.reports.clear()
+        memset(&self.inbox.age, 0, sizeof(Counts))

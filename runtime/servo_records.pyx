@@ -9,8 +9,8 @@ import numpy as np
 
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_STALLED,
-    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, CommandRecord, ModeRecord, StateRecord,
-    StatusRecord, TelemetryHeader,
+    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, CommandRecord,
+    ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
 )
 
 ARMS_AT_MOST = MOST_ARMS
@@ -62,10 +62,11 @@ STATE = np.dtype(
 STATUS = np.dtype(
     [
         ("tick", "<u8"), ("tick_ns", "<i8"), ("wanted", "<u8"), ("mode", "<u8"), ("doing", "<u8"),
-        ("standing", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"), ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"),
-        ("path_left", "<f8"), ("chunk", "<u8"), ("chunk_age_ns", "<i8"), ("chunks_taken", "<u8"),
-        ("chunks_refused", "<u8"), ("last_verdict", "<u8"), ("overruns", "<u8"), ("clipped_ticks", "<u8"),
-        ("clipped_kinds", "<u8"), ("nonfinite_ticks", "<u8"), ("unreachable_ticks", "<u8"), ("lateness_p50_ns", "<i8"), ("lateness_p99_ns", "<i8"),
+        ("standing", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"),
+        ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"), ("path_left", "<f8"), ("chunk", "<u8"),
+        ("chunk_age_ns", "<i8"), ("chunks_taken", "<u8"), ("chunks_refused", "<u8"), ("last_verdict", "<u8"),
+        ("overruns", "<u8"), ("clipped_ticks", "<u8"), ("clipped_kinds", "<u8"), ("nonfinite_ticks", "<u8"),
+        ("unreachable_ticks", "<u8"), ("lateness_p50_ns", "<i8"), ("lateness_p99_ns", "<i8"),
         ("lateness_max_ns", "<i8"), ("cost_p50_ns", "<i8"), ("cost_p99_ns", "<i8"), ("cost_max_ns", "<i8"),
         ("state_age_ns", "<i8", MOST_ARMS), ("arm_faults", "<u8", MOST_ARMS),
     ]

@@ -17,8 +17,10 @@ RUNTIME = Path(servo_module.__file__).parent
 IN_A_TICK = {
     "servo": (
         "c_tick", "c_run", "_gate", "_arm", "_take_chunk", "_wanted_rate", "_fuse", "_limit", "_finish_approach",
-        "_doing", "_ahead", "_due_row", "_publish_prefix", "_publish_status", "_publish_telemetry", "_account",
+        "_doing", "_report",
     ),
+    "chunk_inbox": ("take", "due", "ahead"),
+    "servo_reports": ("account", "publish_status", "publish_telemetry", "publish_prefix"),
     "arm_servo": (
         "read_state", "condition", "age_ns", "faults", "start", "locate", "aim", "slow", "track", "arrived", "limit",
         "brake", "publish", "report",
