@@ -162,12 +162,12 @@ def main(arguments: list[str] | None = None) -> int:
     state = fuzz_run(ticks, options.json, console)
     costs = tick_cost(3000 if options.quick else 20_000)
 
-    table = Table(title=f"{state['ticks']} fuzzed ticks: clips by reason (joints x ticks)")
+    table = Table(title=f"{state['ticks']} fuzzed ticks: clips by reason, thousands of joint ticks")
     table.add_column("reason")
     for name in state["clips"]:
         table.add_column(name.replace("+", " "), justify="right")
     for kind in KINDS:
-        table.add_row(kind, *(str(clips[kind]) for clips in state["clips"].values()))
+        table.add_row(kind, *(f"{clips[kind] / 1e3:.1f}" for clips in state["clips"].values()))
     console.print(table)
     table = Table(title="14 joints, microseconds per tick, calls from Python included")
     for head in ("target", "tracking p50", "limits p50", "both p50", "both p99", "ticks clipped"):

@@ -16,9 +16,7 @@ import ast
 import json
 import os
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,34 +119,92 @@ def mutants(text):
     return sorted(found, key=lambda mutant: mutant.line)
 
 
-def killed(mutant, folder):
-    """Whether the tests notice: they are run in a fork, so that what they import is imported once."""
-    with tempfile.NamedTemporaryFile("w", suffix=".py", dir=folder, delete=False) as file:
-        file.write(mutant.text)
-    child = os.fork()
-    if child == 0:
-        import pytest
+class Run:
+    """A pytest plugin: collects once, then judges every mutant in a fork whose copy of the module it is put into."""
 
+    def __init__(self, text, jobs, only):
+        self.text, self.jobs = text, jobs
+        self.todo = [m for m in mutants(text) if not only or m.line in only]
+        self.survivors = []
+
+    def pytest_runtestloop(self, session):
+        from support import limits_source
+
+        module = limits_source.MODULES["interpreted"]
+        items = list(session.items)
+        took = self.baseline(items, session)
+        order = sorted(items, key=lambda item: took[item.nodeid])
+        begin = time.monotonic()
+        running = {}
+        waiting = list(enumerate(self.todo))[::-1]
+        outcome = {}
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                number, mutant = waiting.pop()
+                # Flushed, or the child would write it once more.
+                sys.stdout.flush()
+                child = os.fork()
+                if child == 0:
+                    os._exit(self.judge(mutant, module, order, session))
+                running[child] = (number, time.monotonic())
+            for child, (number, since) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    dead = os.waitstatus_to_exitcode(status)
+                    killer = dead - 10 if dead >= 10 else None
+                elif time.monotonic() - since > LONGEST:
+                    os.kill(child, 9)
+                    os.waitpid(child, 0)
+                    dead, killer = True, None
+                else:
+                    continue
+                del running[child]
+                outcome[number] = bool(dead)
+                if killer is not None and killer < len(order):
+                    # What found this fault is likely to find the next one, a line below.
+                    order.insert(0, order.pop(killer))
+                if not dead:
+                    mutant = self.todo[number]
+                    self.survivors.append(mutant)
+                    print(f"survives: line {mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
+                if len(outcome) % 100 == 0:
+                    spent = time.monotonic() - begin
+                    print(
+                        f"{len(outcome)} of {len(self.todo)}, {len(self.survivors)} survive, {spent:.0f} s", flush=True
+                    )
+            time.sleep(0.005)
+        return True
+
+    def baseline(self, items, session):
+        """Seconds per test on the source as it is, which must pass."""
+        took = {}
+        for item in items:
+            begin = time.monotonic()
+            if not self.passes(item, session):
+                sys.exit(f"the tests fail on the source as it is: {item.nodeid}")
+            took[item.nodeid] = time.monotonic() - begin
+        return took
+
+    @staticmethod
+    def passes(item, session):
+        from _pytest.runner import runtestprotocol
+
+        reports = runtestprotocol(item, log=False, nextitem=None)
+        return not any(report.failed for report in reports)
+
+    def judge(self, mutant, module, order, session):
+        """In the fork: 0 if every test passes, else 10 + the place of the one that failed (at most 255)."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        os.environ["LIMITS_SOURCE"] = file.name
         try:
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", SELECT, *SUITE])
-        finally:
-            os._exit(0 if int(code) == 0 else 1)
-    begin = time.monotonic()
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            Path(file.name).unlink()
-            return os.waitstatus_to_exitcode(status) != 0
-        if time.monotonic() - begin > LONGEST:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            Path(file.name).unlink()
-            return True
-        time.sleep(0.02)
+            exec(compile(mutant.text, str(SOURCE), "exec"), module.__dict__)
+            for place, item in enumerate(order):
+                if not self.passes(item, session):
+                    return min(10 + place, 255)
+        except BaseException:  # noqa: BLE001  (whatever the fault raised, it was noticed)
+            return 1
+        return 0
 
 
 def main():
@@ -158,33 +214,17 @@ def main():
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.chdir(ROOT)
-    # Imported before the forks; not the limiter's source, which each fork reads for itself.
-    import hypothesis  # noqa: F401
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
+    import pytest
 
-    import chatvla_edge.runtime.arm_model
-    import chatvla_edge.runtime.limits  # noqa: F401
-
-    text = SOURCE.read_text()
-    todo = [m for m in mutants(text) if not options.only or m.line in options.only]
-    begin = time.monotonic()
-    survivors = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        if killed(Mutant(0, "", "", text), folder):
-            sys.exit("the tests fail on the source as it is")
-        for number, (mutant, dead) in enumerate(zip(todo, pool.map(lambda m: killed(m, folder), todo), strict=True), 1):
-            if not dead:
-                survivors.append(mutant)
-                print(f"survives: line {mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
-            if number % 50 == 0:
-                print(
-                    f"{number} of {len(todo)}, {len(survivors)} survive, {time.monotonic() - begin:.0f} s", flush=True
-                )
-    print(f"{len(todo)} faults, {len(todo) - len(survivors)} found, {len(survivors)} survive")
+    run = Run(SOURCE.read_text(), options.jobs, options.only)
+    code = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-k", SELECT, *SUITE], plugins=[run])
+    if code not in (0, 5):
+        sys.exit(int(code))
+    survivors = sorted(run.survivors, key=lambda mutant: mutant.line)
+    print(f"{len(run.todo)} faults, {len(run.todo) - len(survivors)} found, {len(survivors)} survive")
     if options.json:
         rows = [{"line": m.line, "before": m.before, "after": m.after} for m in survivors]
-        options.json.write_text(json.dumps({"faults": len(todo), "survivors": rows}, indent=1))
+        options.json.write_text(json.dumps({"faults": len(run.todo), "survivors": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """The limiter twice: compiled as it ships, and interpreted from its very source for coverage and mutation."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 from chatvla_edge.runtime import limits as compiled
 
-# A mutation run points this at a mutant.
-SOURCE = Path(os.environ.get("LIMITS_SOURCE", Path(__file__).parents[2] / "runtime" / "limits.py"))
+SOURCE = Path(__file__).parents[2] / "runtime" / "limits.py"
 
 
 def interpreted():
