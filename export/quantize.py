@@ -41,6 +41,9 @@ class BlockFormat:
         return -(-columns // self.block)
 
 
+# Weights that are worked on at a time: the temporaries stay small beside the largest map, the output head.
+SLAB = 1 << 20
+
 INT8 = BlockFormat(8, 128)
 INT4 = BlockFormat(4, 128)
 
@@ -54,20 +57,38 @@ class Quantized:
 
 
 def quantize(weight: Float, form: BlockFormat) -> Quantized:
-    """Quantize [N, K] rows; a block that is all zero keeps scale 1, so that it stays zero and finite."""
+    """Quantize [N, K] rows; a block that is all zero keeps scale 1, so that it stays zero and finite.
+
+    Raises ValueError for NaN or infinity: one of them would silence or poison its whole block.
+    """
     rows, columns = weight.shape
     count = form.blocks(columns)
-    padded = np.zeros((rows, count * form.block), np.float32)
-    padded[:, :columns] = weight
-    cut = padded.reshape(rows, count, form.block)
+    codes = np.empty((rows, count, form.block * form.bits // 8), np.uint8)
+    scales = np.empty((rows, count), np.float32)
+    together = max(1, SLAB // (count * form.block))
+    for start in range(0, rows, together):
+        slab = slice(start, start + together)
+        _quantize_rows(weight[slab], form, codes[slab], scales[slab])
+        wrong = np.flatnonzero(~np.isfinite(scales[slab]).all(axis=1))
+        if wrong.size:
+            raise ValueError(
+                f"row {start + wrong[0]} of [{rows}, {columns}] holds NaN or infinity, expected finite weights: "
+                "the checkpoint is damaged or its training diverged"
+            )
+    return Quantized(codes, scales)
+
+
+def _quantize_rows(weight: Float, form: BlockFormat, codes: NDArray[np.uint8], scales: Float) -> None:
+    padded = np.zeros((len(weight), scales.shape[1] * form.block), np.float32)
+    padded[:, : weight.shape[1]] = weight
+    cut = padded.reshape(*scales.shape, form.block)
     limit = form.zero - 1
-    scales = (np.abs(cut).max(axis=2) / np.float32(limit)).astype(np.float32)
+    scales[:] = np.abs(cut).max(axis=2) / np.float32(limit)
+    if not np.isfinite(scales).all():
+        return
     scales[scales == 0] = 1
-    codes = np.clip(np.rint(cut / scales[:, :, None]), -limit, limit).astype(np.int16) + form.zero
-    packed = codes.astype(np.uint8)
-    if form.bits == 4:
-        packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
-    return Quantized(np.ascontiguousarray(packed), scales)
+    values = (np.clip(np.rint(cut / scales[:, :, None]), -limit, limit) + form.zero).astype(np.uint8)
+    codes[:] = values if form.bits == 8 else values[:, :, ::2] | (values[:, :, 1::2] << 4)
 
 
 def dequantize(quantized: Quantized, form: BlockFormat, columns: int) -> Float:

@@ -51,4 +51,5 @@ def _probe() -> NDArray[np.uint8]:
     slope = 3 * x + 2 * y + 40 * c
     edges = 90 * ((x // 9 + y // 7) % 2)
     noise = (x * 7919 + y * 104729 + c * 1299709) * 2654435761 % 4294967296 // 67108864
-    return ((slope + edges + noise) % 256).astype(np.uint8)
+    probe: NDArray[np.uint8] = ((slope + edges + noise) % 256).astype(np.uint8)
+    return probe

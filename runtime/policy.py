@@ -200,7 +200,7 @@ class _Eyes:
         self.batches = {}
         for grid in engines:
             members = [index for index, camera in enumerate(self.cameras) if camera.grid == grid]
-            patches = np.zeros((len(members), grid[0] * grid[1], vision.patch_values), np.float32)
+            patches = np.zeros((len(members), grid[0] * grid[1], vision.channels * vision.patch**2), np.float32)
             seen = np.zeros((len(members), grid[0] * grid[1] // vision.merge**2, hidden), np.float32)
             self.batches[grid] = (members, patches, seen)
 

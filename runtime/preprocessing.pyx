@@ -1,3 +1,4 @@
+# distutils: depends = runtime/resampling.h runtime/resampling_passes.h
 """From a camera frame to the patches of the vision tower, with the numbers of the libraries used in training.
 
 A `Pipeline` is compiled once per camera from its ordered list of steps; tables and buffers are made then. `run` takes
@@ -7,8 +8,9 @@ a frame, releases the GIL and allocates nothing, except in a JPEG round trip, wh
     patches = np.empty((pipeline.n_patches, FOLDED), np.float32)
     pipeline.run(frame, patches)
 
-Every resize is exact to the last grey level: Pillow's bicubic, PyTorch's antialiased bilinear on floats as its x86-64
-builds with AVX2 compute it, OpenCV's bilinear. The arithmetic is in `taps.py` and `resampling.h`.
+Every resize is exact to the last grey level: Pillow's bicubic (across, then down: Pillow 13 turned that round for
+some shapes, after the checkpoints were trained), PyTorch's antialiased bilinear on floats as its x86-64 builds compute
+it with AVX2, OpenCV's bilinear. The arithmetic is in `taps.py` and `resampling.h`.
 """
 
 cimport numpy as cnp
@@ -211,8 +213,11 @@ cdef class Pipeline:
         cdef Operation *operation
         if step.step == "center_crop":
             (top, bottom), (left, right) = kept(height, step.ratio), kept(width, step.ratio)
-            if top >= bottom or left >= right:
-                raise ValueError(f"a crop to {step.ratio} of {height} x {width} pixels leaves nothing")
+            if not 0 < step.ratio <= 1 or top >= bottom or left >= right:
+                raise ValueError(
+                    f"a crop to {step.ratio} of {height} x {width} pixels; expected a ratio above 0, at most 1, that "
+                    "leaves a pixel"
+                )
             operation = self.add(CROP, bottom - top, right - left)
             operation.down, operation.right = top, left
         elif step.step == "rotate_180":

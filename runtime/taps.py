@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 
 class Taps(NamedTuple):
-    """Output i is the sum of input[first[i] + k] * weight[i, k] over k < count[i].
+    """Output i is the sum of input[first[i] + k] * weight[i, k] over k < counts[i].
 
-    first, count  [outputs] int32
-    weight        [outputs, most taps] int32 or float32, zero where k >= count[i]
+    first, counts  [outputs] int32
+    weight         [outputs, most taps] int32 or float32; past counts[i] it is not read
     """
 
     first: NDArray[np.int32]
-    count: NDArray[np.int32]
+    counts: NDArray[np.int32]
     weight: NDArray[np.int32] | NDArray[np.float32]
 
 
@@ -58,7 +58,7 @@ def bilinear_float(size: int, wanted: int) -> Taps:
     x = np.abs(((apart.astype(f64) + 0.5) * f64(shrink)).astype(f32))
     weight = np.where(x < 1, 1.0 - x.astype(f64), 0.0).astype(f32)
     weight[tap >= count[:, None]] = 0
-    return Taps(first, count, weight / _summed_in_order(weight)[:, None])
+    return Taps(first, count, (weight / _summed_in_order(weight)[:, None]).astype(f32, copy=False))
 
 
 def bilinear_cv2(size: int, wanted: int, keeps_fraction: bool) -> Taps:

@@ -125,7 +125,8 @@ class Checkpoint:
 
     def policy(self, preprocessing: Sequence[Preprocessing], *, task: str | None = None) -> ReferencePolicy:
         """The whole reference policy in fp32, one preprocessing per camera in the checkpoint's order."""
-        return ReferencePolicy(self.model(), self.prompt(), preprocessing, self.normalization(task))
+        numbers, prompt = self.normalization(task), self.prompt()  # what can be missing comes before gigabytes
+        return ReferencePolicy(self.model(), prompt, preprocessing, numbers)
 
 
 def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path | None = None) -> Checkpoint:

@@ -230,22 +230,9 @@ class _Lowering:
 
 
 def _expert(stacked: Weight, index: int) -> Weight:
-    """The rows of one expert out of a stacked weight [E, N, K]: its own initializer, written on its own."""
-    rows, columns = stacked.shape[1:]
-
-    def blocks() -> Iterator[Array]:
-        start, stop = index * rows * columns, (index + 1) * rows * columns
-        position = 0
-        for block in stacked.blocks():
-            flat = block.reshape(-1)
-            low, high = max(start - position, 0), min(stop - position, flat.size)
-            if low < high:
-                yield flat[low:high]
-            position += flat.size
-            if position >= stop:
-                return
-
-    return Weight(f"{stacked.name}.{index}", (rows, columns), stacked.dtype, blocks)
+    """One expert out of a stacked weight [E, N, K]: its own initializer, which reads that expert alone."""
+    assert stacked.entry is not None, stacked.name
+    return Weight(f"{stacked.name}.{index}", stacked.shape[1:], stacked.dtype, partial(stacked.entry, index))
 
 
 def _packed(weight: Weight, form: BlockFormat) -> tuple[Weight, Weight]:
@@ -255,7 +242,10 @@ def _packed(weight: Weight, form: BlockFormat) -> tuple[Weight, Weight]:
 
     @lru_cache(maxsize=1)
     def quantized() -> Quantized:
-        return quantize(np.asarray(weight.array(), np.float32), form)
+        try:
+            return quantize(np.asarray(weight.array(), np.float32), form)
+        except ValueError as error:
+            raise ValueError(f"{weight.name}: {error}") from error
 
     def codes() -> Iterator[Array]:
         yield quantized().codes

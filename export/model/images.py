@@ -17,6 +17,8 @@ from pydantic import RootModel
 from chatvla_edge.export.spec import VisionSpec
 from chatvla_edge.runtime.bundle import CenterCrop, Jpeg, Resize, Rotate180, Step
 
+_BICUBIC = Image.Resampling.BICUBIC
+
 Frame = NDArray[np.uint8]
 """[height, width, 3] RGB."""
 
@@ -57,8 +59,10 @@ def _rotate(step: Rotate180, frame: Frame) -> Frame:
 
 def _resize(step: Resize, frame: Frame) -> Frame:
     if step.filter == "bicubic":
-        image = Image.fromarray(np.ascontiguousarray(frame))
-        return np.asarray(image.resize((step.width, step.height), Image.Resampling.BICUBIC))
+        # Across, then down, each rounded to bytes: what Pillow 12 and before do in one call, and what checkpoints were
+        # trained behind. Pillow 13 goes down first for some shapes, one grey level off.
+        across = Image.fromarray(np.ascontiguousarray(frame)).resize((step.width, frame.shape[0]), _BICUBIC)
+        return np.asarray(across.resize((step.width, step.height), _BICUBIC))
     if step.filter == "bilinear_cv2":
         return _bilinear_cv2(frame, step.height, step.width)
     planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float()[None]

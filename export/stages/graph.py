@@ -27,12 +27,16 @@ Blocks = Callable[[], Iterable[Array]]
 
 @dataclass(frozen=True)
 class Weight:
-    """An initializer to be. `blocks` yields consecutive pieces of the row-major data, each small enough to hold."""
+    """An initializer to be. `blocks` yields consecutive pieces of the row-major data, each small enough to hold.
+
+    `entry(i)` yields those of index i of the first axis without reading the others, where the recipe can.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     blocks: Blocks
+    entry: Callable[[int], Iterable[Array]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -40,9 +44,18 @@ class Weight:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def array(self) -> Array:
-        """All data at once: for tests and for small weights."""
-        flat = np.concatenate([np.ascontiguousarray(block).reshape(-1) for block in self.blocks()])
-        return flat.astype(self.dtype, copy=False).reshape(self.shape)
+        """All data at once; a recipe of one piece is not copied."""
+        pieces = [np.ascontiguousarray(block, dtype=self.dtype).reshape(-1) for block in self.blocks()]
+        flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        self.check(flat.nbytes)
+        return flat.reshape(self.shape)
+
+    def check(self, found: int) -> None:
+        """Raise ValueError unless the recipe gave as many bytes as the shape takes."""
+        if found != self.nbytes:
+            raise ValueError(
+                f"{self.name}: its recipe gave {found} bytes, its shape {list(self.shape)} takes {self.nbytes}"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,21 +147,23 @@ class Graph:
         self,
         weight: Weight,
         tell: Callable[[], int],
-        write: Callable[[bytes], object],
+        write: Callable[[memoryview], object],
         location: str,
         progress: Callable[[int], None] | None,
     ) -> TensorProto:
         if weight.nbytes <= INLINE_BYTES:
-            return numpy_helper.from_array(weight.array(), weight.name)
-        write(b"\0" * (-tell() % ALIGNMENT))
+            small = numpy_helper.from_array(weight.array(), weight.name)
+            if progress is not None:
+                progress(weight.nbytes)
+            return small
+        write(memoryview(bytes(-tell() % ALIGNMENT)))
         start = tell()
         for block in weight.blocks():
-            data = np.ascontiguousarray(block, dtype=weight.dtype).tobytes()
-            write(data)
+            data = np.ascontiguousarray(block, dtype=weight.dtype).reshape(-1)
+            write(data.data)  # the array itself: `tobytes` would be a second copy of it
             if progress is not None:
-                progress(len(data))
-        if tell() - start != weight.nbytes:
-            raise ValueError(f"{weight.name}: its recipe gave {tell() - start} bytes, its shape takes {weight.nbytes}")
+                progress(data.nbytes)
+        weight.check(tell() - start)
         proto = TensorProto(name=weight.name, dims=weight.shape, data_location=TensorProto.EXTERNAL)
         proto.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
         for key, value in (("location", location), ("offset", start), ("length", weight.nbytes)):

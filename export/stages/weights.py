@@ -36,13 +36,18 @@ class Parameters:
         return graph.weight(Weight(name, shape, FP32, lambda: iter([make()])))
 
     def stacked(self, graph: Graph, name: str, shape: tuple[int, ...], parts: list[str]) -> str:
-        """Several parameters, one after the other: row blocks of one tensor."""
+        """Several parameters, one after the other: row blocks, as many for each index of the first axis."""
+        each = len(parts) // shape[0]
 
-        def blocks() -> Iterator[Array]:
-            for part in parts:
+        def entry(index: int) -> Iterator[Array]:
+            for part in parts[index * each : (index + 1) * each]:
                 yield self.array(part)
 
-        return graph.weight(Weight(name, shape, FP32, blocks))
+        def blocks() -> Iterator[Array]:
+            for index in range(shape[0]):
+                yield from entry(index)
+
+        return graph.weight(Weight(name, shape, FP32, blocks, entry))
 
     def _one(self, name: str) -> Iterator[Array]:
         yield self.array(name)

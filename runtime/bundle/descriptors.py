@@ -98,14 +98,16 @@ def identity(file: int) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def digest(file: int, progress: Callable[[int], None] | None = None) -> tuple[str, int]:
-    """Return SHA-256 and length of all bytes of an open file, read from its start; it is left at its end.
+def digest(file: int, size: int, progress: Callable[[int], None] | None = None) -> tuple[str, int]:
+    """Return SHA-256 and length of an open file, read from its start until its end or until it exceeds `size`.
+
+    Bounded, because a file that someone appends to as fast as it is read has no end.
 
     progress: called with the length of each block.
     """
     os.lseek(file, 0, os.SEEK_SET)
     state, total, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
-    while count := os.readv(file, [block]):
+    while total <= size and (count := os.readv(file, [block])):
         state.update(block[:count])
         total += count
         if progress is not None:

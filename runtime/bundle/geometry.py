@@ -22,16 +22,6 @@ class Vision(Data):
     merge: Count
     channels: Literal[3]
 
-    @property
-    def side(self) -> int:
-        """Pixels along one merged patch, 28: both sides of a frame are multiples of it."""
-        return self.patch * self.merge
-
-    @property
-    def patch_values(self) -> int:
-        """Values of one patch as the `vision` stage takes it, both temporal slices folded: C * 14 * 14 = 588."""
-        return self.channels * self.patch**2
-
 
 class Experts(Data):
     """What stands in place of each MLP of the language model; all zero: the dense MLP itself."""

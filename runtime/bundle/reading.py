@@ -160,7 +160,7 @@ class Bundle:
     def _hash(self, name: str, file: int, progress: Callable[[int], None] | None = None) -> None:
         before = identity(file)
         try:
-            found, size = digest(file, progress)
+            found, size = digest(file, self.manifest.files[name].size, progress)
         except OSError as error:
             do = f"The disk may be failing. {AGAIN}"
             raise refusal(self.path / name, found=str(error.strerror), expected="bytes", do=do) from None

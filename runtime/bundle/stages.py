@@ -149,10 +149,6 @@ class Stage(Data):
         """Everything the engine reads."""
         return self.file, *self.data
 
-    def tensor(self, name: str) -> Tensor:
-        """The input or output of that name (an input, where an output is called alike)."""
-        return next(tensor for tensor in (*self.inputs, *self.outputs) if tensor.name == name)
-
 
 class VisionStage(Stage):
     """Patches to image tokens, for frames cut into rows x columns patches."""

@@ -55,7 +55,7 @@ def decode(data: bytes, where: str) -> tuple[Manifest, str]:
         # Through the text, since strict validation takes JSON's arrays for tuples only there.
         manifest = Manifest.model_validate_json(canonical(table), strict=True)
     except ValidationError as error:
-        raise _explained(error, where) from None
+        raise explained(error, where, do=EDITED) from None
     expected = seal(table)
     if found != expected:
         raise refusal(
@@ -121,31 +121,31 @@ def _refuse_other_schema(table: dict[str, Any], where: str) -> None:
         raise refusal(where, found=f"schema_version {_short(schema)}", expected=f"{SCHEMA_VERSION}", do=AGAIN)
     if schema > SCHEMA_VERSION:
         raise BundleError(
-            f"{where}: made by a newer version: found schema {schema}, this reads {SCHEMA_VERSION}: "
+            f"{where}: made by a newer version: found schema_version {schema}, this reads {SCHEMA_VERSION}: "
             "upgrade chatvla-edge, or export the checkpoint with this version"
         )
     if schema < SCHEMA_VERSION:
         raise BundleError(
-            f"{where}: made by an older version: found schema {schema}, this reads {SCHEMA_VERSION}: "
+            f"{where}: made by an older version: found schema_version {schema}, this reads {SCHEMA_VERSION}: "
             "export the checkpoint anew"
         )
 
 
-def _explained(error: ValidationError, where: str) -> BundleError:
+def explained(error: ValidationError, where: str, *, do: str) -> BundleError:
     """Return pydantic's findings as sentences, the first five of them."""
     findings = error.errors(include_url=False)
+    if findings[0]["type"] == "json_invalid":  # all else that is no JSON was found before
+        return refusal(where, found="a string that is no Unicode", expected="whole characters", do=AGAIN)
     sentences = []
     for finding in findings[:5]:
-        place = ".".join(str(part)[:80] for part in finding["loc"]) or "the whole"
-        given = finding["input"]
-        # What a model-wide check names stands in its message; the whole model would only bury it.
-        shown = "" if isinstance(given, dict | list) or finding["type"] == "missing" else f" {_short(given)}"
-        sentences.append(
-            f"{place}: found{shown or ' what does not fit'}; {finding['msg'].removeprefix('Value error, ')}"
-        )
+        place = ".".join(str(part)[:80] for part in finding["loc"])
+        given, message = finding["input"], finding["msg"].removeprefix("Value error, ")
+        # A check of a whole model names what it found itself; the model would only bury it.
+        found = "" if isinstance(given, dict) else f"found {_short(given)}; "
+        sentences.append(f"{place}: {found}{message}" if place else message)
     if len(findings) > len(sentences):
         sentences.append(f"and {len(findings) - len(sentences)} more")
-    return BundleError(f"{where}: {'; '.join(sentences)}. {EDITED}")
+    return BundleError(f"{where}: {'; '.join(sentences)}. {do}".rstrip())
 
 
 def _short(value: object) -> str:

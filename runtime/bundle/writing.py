@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import ValidationError
+
 from .descriptors import digest, identity, open_within, walk
 from .errors import BundleError, refusal
 from .manifest import Contents, File, Manifest
 from .reading import PARTIAL, Bundle, Progress, open_bundle
-from .text import decode, encode
+from .text import decode, encode, explained
 from .values import MANIFEST, file_name
 
 _BLOCK = 2**20
@@ -133,8 +135,8 @@ class BundleWriter:
         files = self._files(self._lock, progress)
         try:
             manifest = Manifest.model_validate({**dict(contents), "files": files})
-        except ValueError as error:
-            raise BundleError(f"{self.destination}: contents and files do not agree: {error}") from error
+        except ValidationError as error:
+            raise explained(error, f"{self.destination}: contents and files do not agree", do="") from error
         data = encode(manifest)
         decode(data, str(self.destination / MANIFEST))  # what this writes, this reads
         # Everything that the manifest promises is on the disk before the manifest is.
@@ -183,7 +185,10 @@ class BundleWriter:
                     if progress is not None:
                         progress(name, done, size)
 
-                found, size = digest(file, advance)
+                found, length = digest(file, size, advance)
+                if length != size:
+                    do = "Close every file of the bundle before it is committed."
+                    raise refusal(self.directory / name, found="a file that grows", expected="a finished one", do=do)
                 os.fsync(file)
                 files[name] = File(sha256=found, size=size)
             finally:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 FILES: dict[str, bytes] = {
@@ -267,3 +269,93 @@ def account(files: dict[str, bytes] = FILES) -> dict[str, Any]:
 def manifest() -> dict[str, Any]:
     """A whole manifest without its seal."""
     return json.loads(json.dumps({**contents(), "files": account()}))
+
+
+def manifest_of_joints() -> dict[str, Any]:
+    """Another robot's: two arms in joint positions, for a Jetson, token ids in, no gate allowed to fail."""
+    table = manifest()
+    parts = [
+        part
+        for arm in ("left", "right")
+        for part in (
+            {
+                "kind": "joint_positions",
+                "arm": arm,
+                "joints": [f"joint_{i}" for i in range(1, 7)],
+                "unit": "rad",
+                "motion": "absolute",
+            },
+            {**GRIPPER, "arm": arm, "unit": "m", "polarity": "larger_opens"},
+        )
+    ]
+    arms = [{"name": arm, "flange_to_tcp": None} for arm in ("left", "right")]
+    table["semantics"] = {"arms": arms, "action": parts, "state": parts}
+    table["geometry"]["head"] |= {"action_dim": 14, "state_dim": 14}
+    table["normalization"] = {
+        "state_mean": [0.0] * 14,
+        "state_std": [1.0] * 14,
+        "action_min": [-3.0] * 14,
+        "action_max": [3.0] * 14,
+    }
+    table["target"] = {
+        "name": "orin-jp72",
+        "engine": {"kind": "tensorrt", "lowered_with": "10.13.3", "at_least": "10.13", "below": None},
+        "sm": [87],
+        "jetpack": "7.2",
+    }
+    table["plugin"] = ["plugin/topk_moe.cu"]
+    table["files"]["plugin/topk_moe.cu"] = {"sha256": "2" * 64, "size": 3}
+    table["stages"]["language"]["embeddings"] = None
+    del table["files"]["stages/embeddings.bin"]
+    return json.loads(json.dumps(table))
+
+
+def sealed(table: dict[str, Any]) -> bytes:
+    """The text of a `manifest.json`, its seal computed here and not by the code under test."""
+    table = {key: value for key, value in table.items() if key != "seal"}
+
+    def text(value: object) -> bytes:
+        return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+    return text({**table, "seal": hashlib.sha256(text(table)).hexdigest()})
+
+
+def lay(directory: Path, table: dict[str, Any] | None = None, files: dict[str, bytes] = FILES) -> Path:
+    """A bundle laid out by hand, with no help from the writer; nothing about it is checked."""
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (directory / "manifest.json").write_bytes(sealed(manifest() if table is None else table))
+    return directory
+
+
+Place = tuple[str | int, ...]
+
+
+def places(value: Any, path: Place = ()) -> Iterator[Place]:
+    """Every place inside a JSON value, containers before what they hold."""
+    if path:
+        yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def at(value: Any, path: Place) -> Any:
+    """What stands at a place."""
+    for key in path:
+        value = value[key]
+    return value
+
+
+def put(value: Any, path: Place, new: Any) -> Any:
+    """A copy with something else at that place."""
+    copy = json.loads(json.dumps(value))
+    at(copy, path[:-1])[path[-1]] = new
+    return copy
+
+
+def path(dotted: str) -> Place:
+    """`cameras.0.name` as a place."""
+    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))

@@ -20,6 +20,13 @@ from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 
 CAPACITY = 64
+GRID = (4, 6)
+STAGES = {
+    "vision": lambda spec, weights: vision(spec, weights, GRID),
+    "language": language,
+    "condition": condition,
+    "denoise": denoise,
+}
 
 
 def parameters(model) -> Parameters:
@@ -268,3 +275,13 @@ class Query:
             feed = {"x": x, "modulation": row[None], "coefficients": np.array(at.coefficients, np.float32)}
             (x,) = self.denoise.run(None, feed | {"prefix": prefix, "mask": mask})
         return x
+
+
+def optimized(path: Path, to: Path) -> Path:
+    """The graph that ONNX Runtime runs, after its own passes."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(to)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{to.name}.data")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return to
