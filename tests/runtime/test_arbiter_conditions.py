@@ -8,7 +8,7 @@ import pytest
 from support.arbiter_rig import PERIOD, REMEMBERED, ROWS, STOPS_IN, TROUBLES, TURN, Case, Life, device
 
 from chatvla_edge.runtime.arbiter import Act, Request
-from chatvla_edge.runtime.conditions import TABLE
+from chatvla_edge.runtime.conditions import SETTLE_NS, TABLE
 from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Clears, Mode, Reaction, S
 
 NAMES = list(ROWS)
@@ -166,6 +166,7 @@ def test_a_sentence_names_what_of_whom_and_what_to_do(row):
 
 
 def test_sentences_read_well():
+    assert Case(Mode.ACTIVE).put("e-stop").step().reasons[0].sentence() == "e-stop. When the cause is gone: `clear`."
     assert Case(Mode.ACTIVE).put("state stale").step().reasons[0].sentence() == (
         "state stale (right): 50 ms, allowed 50 ms. "
         "Check the arm's power and bus; it may have sunk: the next `arm` starts from where it is."
@@ -176,6 +177,18 @@ def test_sentences_read_well():
     assert "device fault (right): motor 3: over-temperature. Repair" in (
         Case(Mode.ACTIVE).put("device fault").step().reasons[0].sentence()
     )
+
+
+def test_a_condition_is_forgotten_exactly_when_it_has_settled():
+    life = Life().arm()
+    life.begin("camera died")
+    life.turn()
+    life.end("camera died")
+    life.turn(after=SETTLE_NS - 14 * TURN - 1)
+    life.pass_time(14 * TURN)
+    assert (life.mode, life.names) == (Mode.HOLD, ["camera died"])
+    life.turn(after=1)
+    assert (life.mode, life.names) == (Mode.ACTIVE, [])
 
 
 # --------------------------------------------------------------------------------------------------- all pairs of rows
