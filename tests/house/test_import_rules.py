@@ -47,6 +47,9 @@ def copy(tmp_path_factory):
     return packages
 
 
+EXPORT = "export knows calibration, runtime.bundle and runtime.gates only"
+
+
 @pytest.mark.parametrize(
     ("culprit", "statement", "contract"),
     [
@@ -54,10 +57,18 @@ def copy(tmp_path_factory):
         ("runtime", "from chatvla_edge.export import cli", "runtime knows drivers only"),
         ("runtime", "from chatvla_edge import calibration", "runtime knows drivers only"),
         ("calibration", "import chatvla_edge.export", "calibration knows runtime and drivers only"),
-        ("export", "import chatvla_edge.drivers", "export knows calibration, runtime.bundle and runtime.gates only"),
-        ("export", "from chatvla_edge.runtime.install import conflicts", "export knows calibration, runtime.bundle and runtime.gates"),
+        ("export", "import chatvla_edge.drivers", EXPORT),
+        (
+            "export",
+            "from chatvla_edge.runtime.install import conflicts",
+            EXPORT,
+        ),
         # The bundle's face alone: how it is divided inside is its own business.
-        ("export", "from chatvla_edge.runtime.bundle import manifest", "export knows calibration, runtime.bundle and runtime.gates"),
+        (
+            "export",
+            "from chatvla_edge.runtime.bundle import manifest",
+            EXPORT,
+        ),
         ("drivers", "import chatvla_edge.benchmarks", "drivers know nothing of ours"),
         ("runtime", "def late():\n    import torch", "what runs on the robot never imports torch"),
         ("drivers", "import safetensors.numpy", "what runs on the robot never imports torch"),
