@@ -182,7 +182,7 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
         held=state.held,
         stop_asked=state.stop_asked,
         estop_asked=Act.ESTOP in asked,
-        waiting_ns=now_ns - state.waiting_since_ns if state.waiting_since_ns and not state.held else 0,
+        waiting_ns=0 if state.held else now_ns - state.waiting_since_ns,
         lapsed_ns=max(0, now_ns - state.lease_until_ns + 1),  # at its expiry a lease has expired
         stopping_ns=now_ns - state.entered_ns,
         clipped_ns=state.clipped_ns,

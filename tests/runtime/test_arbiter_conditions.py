@@ -426,6 +426,7 @@ def test_a_bucket_that_ran_over_is_empty_in_a_time_one_can_wait_for():
     life.begin("limits clip")
     life.begin("servo late")
     life.pass_time(60 * S)
+    assert (life.state.clipped_ns, life.state.late_ns) == (1 * S, 200 * MS)
     life.begun.clear()
     life.pass_time(4 * S)
     assert (life.state.clipped_ns, life.state.late_ns) == (0, 0)
