@@ -62,8 +62,9 @@ def saved(graph, folder):
 
 
 def with_experts(experts, **changes):
-    spec = tiny.policy()
-    return spec.model_copy(update={"language": tiny.language(experts, **changes)})
+    """Six heads over two groups: with as many groups as heads in one, two axes could be swapped unnoticed."""
+    sizes = tiny.language(experts, **({"hidden": 96, "heads": 6} | changes))
+    return tiny.policy().model_copy(update={"language": sizes, "head": None})
 
 
 # ------------------------------------------------------------------------------------------------------ language
@@ -114,7 +115,13 @@ def test_a_second_runtime_reads_the_language_stage_alike(experts, tmp_path):
     shape = (1, spec.language.kv_heads, 16, spec.language.head_dim)
     past = {f"past_{kind}_{i}": np.zeros(shape, np.float32) for i in range(2) for kind in ("key", "value")}
     for length, inputs in ((0, first), (9, second)):
-        found = dict(zip(evaluator.output_names, evaluator.run(None, inputs.feed(length, 64) | past), strict=True))
+        found = dict(
+            zip(
+                evaluator.output_names,
+                evaluator.run(None, inputs.feed(length, spec.language.hidden) | past),
+                strict=True,
+            )
+        )
         past = {name: found.pop(name.replace("past", "present")) for name in past}
         stages.assert_same_pass(found, reference(inputs))
 
@@ -128,13 +135,14 @@ def test_sigmoid_routing_is_refused_with_the_reason():
 # -------------------------------------------------------------------------------------------------------- vision
 
 
+@pytest.mark.parametrize("contrast", [1.0, 0.01], ids=["contrast", "dark"])  # dark: where the norms' epsilon counts
 @pytest.mark.parametrize(("grid", "frames"), [((4, 8), 1), ((8, 4), 2), ((6, 6), 3), ((2, 2), 1), ((2, 10), 2)])
-def test_the_vision_stage_is_the_reference(grid, frames, tmp_path):
+def test_the_vision_stage_is_the_reference(grid, frames, contrast, tmp_path):
     model = tiny.model(scale=0.15)
     stage = stages.session(saved(vision(model.spec, stages.parameters(model), grid), tmp_path))
     rng = np.random.default_rng(2)
     count = grid[0] * grid[1]
-    folded = rng.normal(0, 1, (frames, count, 3, 1, 196)).astype(np.float32)
+    folded = rng.normal(0, contrast, (frames, count, 3, 1, 196)).astype(np.float32)
     (found,) = stage.run(None, {"patches": folded.reshape(frames, count, -1)})
     doubled = torch.from_numpy(np.repeat(folded, 2, axis=3).reshape(frames * count, -1))
     expected = model.backbone.images(doubled, [grid] * frames).numpy()
