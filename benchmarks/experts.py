@@ -140,7 +140,8 @@ class _Layer:
             precision: write(experts_graph(language, parameters), spec, precision, folder) for precision in PRECISIONS
         }
         self.maps = {
-            precision: write(maps_graph(language, parameters), spec, precision, folder) for precision in ("int8", "int4")
+            precision: write(maps_graph(language, parameters), spec, precision, folder)
+            for precision in ("int8", "int4")
         }
         self.rows = disjoint_rows(self.eager["eager fp32"], language.hidden)
         halved = MixtureOfExperts(language).to(torch.bfloat16)
@@ -234,7 +235,13 @@ def _one(report: Report, layer: _Layer, threads: int, seconds: float, nbytes: in
             share = found.ratio(read, over=name).value * visited_bytes(language, precision) / nbytes
             report.figure(f"{name}: share of read bandwidth, {pages}", share, "x")
             if precision == "int4" and pages == "4 KiB pages":
-                _goal(report, f"routed experts decode int4, {told}: share of read bandwidth", share, GOAL_BANDWIDTH, too_small)
+                _goal(
+                    report,
+                    f"routed experts decode int4, {told}: share of read bandwidth",
+                    share,
+                    GOAL_BANDWIDTH,
+                    too_small,
+                )
     peak = gemm_peak(threads, seconds=seconds)
     report.figure(f"float32 product, {told}", peak / 1e9, "GFLOP/s")
     for count in ROWS:

@@ -212,7 +212,7 @@ class _Lowering:
         else:
             weights = op("GatherElements", op("Softmax", logits, axis=-1), ids, axis=-1)
         column = const([1], np.int64)
-        # Visit v = row * k + slot. The visits to an expert lie together, each expert's part filled up to an even number.
+        # Visit v = row * k + slot. The visits to one expert lie together, filled up to an even number.
         flat = op("Reshape", ids, const([-1, 1], np.int64))
         visits = op("Cast", op("Equal", flat, const(np.arange(experts.routed)[None], np.int64)), to=TensorProto.INT64)
         counts = op("ReduceSum", visits, const([0], np.int64), keepdims=0)
