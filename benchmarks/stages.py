@@ -183,7 +183,7 @@ def bundle_stages(bundle: Bundle, threads: int) -> dict[str, Work]:
         for name, stage in (("vision", seeing), ("condition", stages.condition), ("denoise", stages.denoise))
     }
     count, merged = seeing.grid[0] * seeing.grid[1], geometry.vision.merge**2
-    patches = chance.standard_normal((1, count, geometry.vision.patch_values), np.float32)
+    patches = chance.standard_normal((1, count, geometry.vision.channels * geometry.vision.patch**2), np.float32)
     seen = np.zeros((1, count // merged, geometry.language.hidden), np.float32)
     language, ids = language_model(bundle, threads), _ids_below(geometry.language.vocab)
 
