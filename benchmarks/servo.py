@@ -147,10 +147,10 @@ def python_loop(seconds: float) -> NDArray[np.float64]:
     def body() -> None:
         realtime.enter(PRIORITY)
         period = 1_000_000_000 // RATE
-        deadline = time.monotonic_ns() + period
+        deadline = realtime.now_ns() + period
         for _ in range(round(seconds * RATE)):
-            time.sleep(max(0, deadline - time.monotonic_ns()) / 1e9)
-            now = time.monotonic_ns()
+            time.sleep(max(0, deadline - realtime.now_ns()) / 1e9)
+            now = realtime.now_ns()
             late.append(now - deadline)
             deadline += period * (1 + max(0, now - deadline) // period)
 
