@@ -236,3 +236,61 @@ def demo() -> None:
     from chatvla_edge.export.demo import run
 
     run(console)
+
+
+@app.command("export")
+def export(
+    path: CheckpointPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write; must not exist.")],
+    robot: Annotated[
+        str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
+    ],
+    target: Annotated[str, typer.Option(help="cpu (the others are not built yet).")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, int8 (block-wise) or int4 (blocks of 128).")] = "int8",
+    base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, where the statistics hold several.")] = None,
+    max_reasoning: Annotated[int, typer.Option(help="Longest reasoning, in tokens.", min=1)] = 256,
+    probes: Annotated[int, typer.Option(help="Observations that travel with the bundle to judge it by.", min=1)] = 2,
+    gates: Annotated[bool, typer.Option(help="Judge the engines by the reference before writing.")] = True,
+    allow_failed_gates: Annotated[bool, typer.Option(help="Write it all the same.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything that needs no weights, write nothing.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint into a bundle that a robot loads. A killed export leaves nothing that loads."""
+    from chatvla_edge.export import robots
+    from chatvla_edge.export.checkpoint.reader import open_checkpoint
+    from chatvla_edge.export.exporter import Settings, export, plan
+
+    if robot == "list":
+        console.print("\n".join(robots.names()))
+        return
+    checkpoint = open_checkpoint(path, base=base)
+    settings = Settings(
+        target=target,
+        precision=precision,
+        robot=robots.load(robot),
+        task=task,
+        max_reasoning=max_reasoning,
+        probes=probes,
+        gates=gates,
+        allow_failed_gates=allow_failed_gates,
+    )
+    planned = plan(checkpoint, settings)
+    if dry_run:
+        table = Table("stage", "nodes", "weights")
+        for graph in planned.graphs:
+            table.add_row(graph.name, str(len(graph.nodes)), _gigabytes(graph.weight_bytes))
+        console.print(table)
+        return
+    with _progress() as bar:
+        tasks = {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
+        bundle = export(checkpoint, output, settings, lambda name, count: bar.advance(tasks[name], count))
+    failed = [result.name for result in bundle.manifest.gates.results if result.verdict == "failed"]
+    console.print(f"{output}: {target} {precision}, {bundle.size:,} bytes", highlight=False)
+    if failed:
+        console.print(f"[red]failed gates, allowed:[/red] {', '.join(failed)}")
+    if not gates:
+        console.print(
+            "[yellow]note[/yellow] no gate was evaluated: nothing shows that this bundle computes its checkpoint"
+        )

@@ -11,6 +11,19 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 
 
+# A linear map with fewer inputs or outputs than this stays fp32: it is no load. Few inputs would be blocks of padding;
+# few outputs are where an error weighs most (the gate of the shared experts, the actions themselves).
+SMALLEST = 64
+
+
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a quantized bundle holds this linear map [N, K] in blocks.
+
+    The router never: an expert chosen wrongly is wrong by everything.
+    """
+    return min(shape) >= SMALLEST and ".router." not in name
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """bits per weight (4 or 8) and weights per scale."""

@@ -22,7 +22,7 @@ GROUP = "chatvla_edge.commands"
 
 # Which extra brings the module that an import did not find. `onnxruntime` has two homes; the sentence names both.
 EXTRAS_OF = {
-    "PIL": ("export",),
+    "PIL": ("jpeg",),
     "cv2": ("calibration",),
     "mujoco": ("sim",),
     "onnx": ("export",),

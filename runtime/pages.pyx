@@ -95,6 +95,21 @@ cdef class Lease(Segment):
         c_lease_grant(&self.page, expires)
         return expires
 
+    def grant_until(self, int64_t expires_ns) -> None:
+        """Allow motion until host time ``expires_ns``, whatever was granted before.
+
+        For an arbiter that decided a moment ago: whatever it was kept from doing since then shortens the lease, where
+        `grant` would count from now. An instant that has passed is no lease, and no error. Raises ValueError for one
+        further ahead than LONGEST_LEASE_NS.
+        """
+        self.must_write()
+        cdef int64_t now = c_now_ns()
+        if not 0 < expires_ns <= now + LEASE_LONGEST_NS:
+            raise ValueError(
+                f"{self.name}: a lease until {expires_ns} ns at {now} ns; expected at most {LEASE_LONGEST_NS} ahead"
+            )
+        c_lease_grant(&self.page, expires_ns)
+
     def revoke(self) -> None:
         """Forbid motion from now on."""
         self.must_write()

@@ -22,6 +22,7 @@ from chatvla_edge.export.checkpoint.tensors import TensorEntry, TensorSource, op
 from chatvla_edge.export.checkpoint.tokenizer import read_prompt
 from chatvla_edge.export.model.images import Preprocessing
 from chatvla_edge.export.model.policy import ChatVLA2, ReferencePolicy
+from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
 from chatvla_edge.export.spec import PolicySpec
 
@@ -105,16 +106,27 @@ class Checkpoint:
             )
         return load_statistics(found, task=task)
 
-    def policy(self, preprocessing: Sequence[Preprocessing], *, task: str | None = None) -> ReferencePolicy:
-        """The whole reference policy in fp32, one preprocessing per camera in the checkpoint's order."""
+    def normalization(self, task: str | None = None) -> Normalization:
+        """The numbers between the robot's units and the head's, fitting the head's sizes."""
         statistics = self.statistics(task)
-        normalization = Normalization(
+        numbers = Normalization(
             state_mean=statistics.qpos_mean,
             state_std=statistics.qpos_std,
             action_min=statistics.action_min,
             action_max=statistics.action_max,
         )
-        return ReferencePolicy(self.model(), read_prompt(self.path, self.spec), preprocessing, normalization)
+        if self.spec.head is not None:
+            numbers.require(action_dim=self.spec.head.action_dim, state_dim=self.spec.head.state_dim)
+        return numbers
+
+    def prompt(self) -> Prompt:
+        """The prompt builder over the checkpoint's tokenizer."""
+        return read_prompt(self.path, self.spec)
+
+    def policy(self, preprocessing: Sequence[Preprocessing], *, task: str | None = None) -> ReferencePolicy:
+        """The whole reference policy in fp32, one preprocessing per camera in the checkpoint's order."""
+        numbers, prompt = self.normalization(task), self.prompt()  # what can be missing comes before gigabytes
+        return ReferencePolicy(self.model(), prompt, preprocessing, numbers)
 
 
 def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path | None = None) -> Checkpoint:

@@ -1,8 +1,8 @@
 """Lowering for ONNX Runtime on the CPU: its own attention and rotary operators, experts as a loop over even batches.
 
 Row independence (DESIGN 4.4) decides the form of the experts. ONNX Runtime's kernels for one row and for odd row counts
-round differently from those for even ones, so every expert gets an even number of rows: an odd batch repeats its first
-row and drops the copy's result. `QMoE` is not used for the same reason: its rows are not independent even then.
+round differently from those for even ones, so every expert gets an even number of rows: an odd batch is filled up with
+a row whose result nothing reads. `QMoE` is not used for the same reason: its rows are not independent even then.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,18 +11,15 @@ from functools import lru_cache, partial
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, quantize
+from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, is_quantized, quantize
 from chatvla_edge.export.spec import LanguageSpec, PolicySpec
 from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
 
 MICROSOFT = "com.microsoft"
+_ZERO = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
 PRECISIONS: dict[str, BlockFormat | None] = {"fp32": None, "int8": INT8, "int4": INT4}
-
-# A linear map with fewer inputs or outputs than this stays fp32: it is no load. Few inputs would be blocks of padding;
-# few outputs are where an error weighs most (the gate of the shared experts, the actions themselves).
-SMALLEST = 64
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,11 @@ class _Lowering:
 
     def _quantizes(self, node: onnx.NodeProto) -> bool:
         weight = self.graph.weights.get(node.input[1])
-        if self.target.form is None or weight is None or min(weight.shape) < SMALLEST:
-            return False
-        # The router is never quantized: an expert chosen wrongly is wrong by everything.
-        return ".router." not in weight.name
+        return self.target.form is not None and weight is not None and is_quantized(weight.name, weight.shape)
 
     def _linear(self, node: onnx.NodeProto) -> None:
         weight = self.graph.weights[node.input[1]]
-        product = self._matmul(node.input[0], weight)
+        product = self._matmul(node.input[0], weight, self.target.form)
         bias = node.input[2] if len(node.input) > 2 else None
         if bias is None:
             self.out.op("Identity", product)
@@ -103,9 +97,9 @@ class _Lowering:
         self.out.op("Add", product, bias)
         self.out.nodes[-1].output[0] = node.output[0]
 
-    def _matmul(self, x: str, weight: Weight) -> str:
-        """x W^T with the weight in the target's precision; weight [N, K]."""
-        form, (rows, columns) = self.target.form, weight.shape
+    def _matmul(self, x: str, weight: Weight, form: BlockFormat | None) -> str:
+        """x W^T with the weight in a form, None for fp32; weight [N, K]."""
+        rows, columns = weight.shape
         if form is None:
             return self.out.op("Gemm", x, self.out.weight(weight), transB=1)
         codes, scales = _packed(weight, form)
@@ -210,28 +204,46 @@ class _Lowering:
     def _experts(self, node: onnx.NodeProto) -> None:
         x, logits, gate_up, down = node.input
         experts, width, op, const = self.language.experts, self.language.routed_width, self.out.op, self.out.constant
+        # One expert's three maps are quantized or none is: gate and up are one product here, two in the checkpoint.
+        form = self.target.form if is_quantized("", (width, self.language.hidden)) else None
         kept, ids = self.out.op_many("TopK", logits, const([experts.top_k], np.int64), outputs=2, axis=-1)
         if experts.renormalize:
             weights = op("Softmax", kept, axis=-1)
         else:
             weights = op("GatherElements", op("Softmax", logits, axis=-1), ids, axis=-1)
-        zero, column = const([0], np.int64), const([1], np.int64)
-        total = op("Mul", x, const(0.0, np.float32))
-        for index in range(experts.routed):
-            where = op("NonZero", op("Equal", ids, const(index, np.int64)))
-            rows = op("Gather", where, const(0, np.int64), axis=0)
-            share = op("Unsqueeze", op("GatherND", weights, op("Transpose", where, perm=[1, 0])), column)
-            count = op("Shape", rows)
-            # An odd batch repeats its first row; the slice behind drops what the copy gave.
-            spare = op("Slice", rows, zero, op("Mod", count, const([2], np.int64)), zero)
-            picked = op("Gather", x, op("Concat", rows, spare, axis=0), axis=0)
-            inner = self._matmul(picked, _expert(self.graph.weights[gate_up], index))
+        column = const([1], np.int64)
+        # Visit v = row * k + slot. The visits to one expert lie together, filled up to an even number.
+        flat = op("Reshape", ids, const([-1, 1], np.int64))
+        visits = op("Cast", op("Equal", flat, const(np.arange(experts.routed)[None], np.int64)), to=TensorProto.INT64)
+        counts = op("ReduceSum", visits, const([0], np.int64), keepdims=0)
+        sizes = op("Add", counts, op("Mod", counts, const(2, np.int64)))
+        starts = op("CumSum", sizes, const(0, np.int64), exclusive=1)
+        ranks = op("CumSum", visits, const(0, np.int64), exclusive=1)
+        places = op("ReduceSum", op("Mul", visits, op("Add", ranks, starts)), column, keepdims=0)
+        # What fills up is row 0 over again; nothing reads what the expert makes of it.
+        nothing = op("ConstantOfShape", op("ReduceSum", sizes, const([0], np.int64), keepdims=1), value=_ZERO)
+        sources = op("ScatterElements", nothing, places, self._once("visiting", lambda: self._visiting(x)), axis=0)
+        parts = self.out.op_many("Split", op("Gather", x, sources, axis=0), sizes, outputs=experts.routed, axis=0)
+        made = []
+        for index, part in enumerate(parts):
+            inner = self._matmul(part, _expert(self.graph.weights[gate_up], index), form)
             gate, up = self.out.op_many("Split", inner, const([width, width], np.int64), outputs=2, axis=1)
             inner = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
-            out = op("Slice", self._matmul(inner, _expert(self.graph.weights[down], index)), zero, count, zero)
-            total = op("ScatterND", total, op("Unsqueeze", rows, column), op("Mul", out, share), reduction="add")
-        op("Identity", total)
+            made.append(self._matmul(inner, _expert(self.graph.weights[down], index), form))
+        slots = op("Reshape", places, const([-1, experts.top_k], np.int64))
+        found = op("Gather", op("Concat", *made, axis=0), slots, axis=0)  # [T, k, D]
+        shares = op("Unsqueeze", weights, const([2], np.int64))
+        op("ReduceSum", op("Mul", found, shares), column, keepdims=0)
         self.out.nodes[-1].output[0] = node.output[0]
+
+    def _visiting(self, x: str) -> str:
+        """The row that each visit comes from, [T * k]: 0, 0, 1, 1, 2, 2, ... for k = 2."""
+        op, const = self.out.op, self.out.constant
+        count = op("Squeeze", op("Shape", x, start=0, end=1), const([0], np.int64))
+        rows = op("Unsqueeze", op("Range", const(0, np.int64), count, const(1, np.int64)), const([1], np.int64))
+        return op(
+            "Reshape", op("Expand", rows, const([1, self.language.experts.top_k], np.int64)), const([-1], np.int64)
+        )
 
 
 def _expert(stacked: Weight, index: int) -> Weight:

@@ -1,21 +1,23 @@
 """From a camera frame to the patches of the vision tower, by the steps the checkpoint was trained behind.
 
-A preprocessing is an ordered list of steps, each a value: what a bundle's manifest will carry per camera. Filters and
-rounding are named exactly, because the published pipelines mix three libraries that disagree in the last grey level.
+A preprocessing is an ordered list of steps, each a value of `runtime.bundle`: what a manifest carries per camera. Here
+the libraries that the published scripts call do the work; the robot's own code is compared with this.
 """
 
 import io
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, RootModel
+from pydantic import RootModel
 
-from chatvla_edge.export.spec import Data, VisionSpec
+from chatvla_edge.export.spec import VisionSpec
+from chatvla_edge.runtime.bundle import CenterCrop, Jpeg, Resize, Rotate180, Step
+
+_BICUBIC = Image.Resampling.BICUBIC
 
 Frame = NDArray[np.uint8]
 """[height, width, 3] RGB."""
@@ -25,85 +27,47 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-class Jpeg(Data):
-    """A JPEG round trip, 4:2:0. `swapped` feeds RGB to the codec as if it were BGR, as the ARX script does."""
-
-    step: Literal["jpeg"] = "jpeg"
-    quality: int = Field(ge=1, le=100)
-    swapped: bool = False
-
-    def apply(self, frame: Frame) -> Frame:
-        """Encode and decode."""
-        order = slice(None, None, -1 if self.swapped else 1)
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(frame[..., order])).save(
-            buffer, "JPEG", quality=self.quality, subsampling="4:2:0"
-        )
-        return np.ascontiguousarray(np.asarray(Image.open(buffer))[..., order])
+def apply(step: Jpeg | CenterCrop | Rotate180 | Resize, frame: Frame) -> Frame:
+    """One step on a [height, width, 3] frame; what each step means stands in `runtime.bundle`."""
+    if isinstance(step, Jpeg):
+        return _jpeg(step, frame)
+    if isinstance(step, CenterCrop):
+        return frame[step.rows_and_columns(*frame.shape[:2])]
+    if isinstance(step, Rotate180):
+        return _rotate(step, frame)
+    return _resize(step, frame)
 
 
-class CenterCrop(Data):
-    """Keep the middle `ratio` of both axes: rows int(h (1-r)/2) to int(h (1+r)/2), likewise columns."""
-
-    step: Literal["center_crop"] = "center_crop"
-    ratio: float = Field(gt=0, le=1)
-
-    def apply(self, frame: Frame) -> Frame:
-        """A 480 x 640 frame at 0.95 keeps rows 12:468 and columns 16:624."""
-        (top, bottom), (left, right) = (
-            (int(size * (1 - self.ratio) / 2), int(size * (1 + self.ratio) / 2)) for size in frame.shape[:2]
-        )
-        return frame[top:bottom, left:right]
+def _jpeg(step: Jpeg, frame: Frame) -> Frame:
+    order = slice(None, None, -1 if step.swapped else 1)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame[..., order])).save(
+        buffer, "JPEG", quality=step.quality, subsampling="4:2:0"
+    )
+    return np.ascontiguousarray(np.asarray(Image.open(buffer))[..., order])
 
 
-class Rotate180(Data):
-    """For a camera mounted upside down (the Franka rig's wrist camera).
-
-    centre   about the frame's centre: both axes flipped
-    pixel    about pixel (height // 2, width // 2), as the public Franka script calls OpenCV: along an even side the
-             picture lands one pixel further, and the first row or column is black
-    """
-
-    step: Literal["rotate_180"] = "rotate_180"
-    about: Literal["centre", "pixel"] = "centre"
-
-    def apply(self, frame: Frame) -> Frame:
-        """Turn by half a circle."""
-        turned = np.ascontiguousarray(frame[::-1, ::-1])
-        if self.about == "centre":
-            return turned
-        down, right = (1 - size % 2 for size in frame.shape[:2])
-        shifted = np.zeros_like(turned)
-        shifted[down:, right:] = turned[: frame.shape[0] - down, : frame.shape[1] - right]
-        return shifted
+def _rotate(step: Rotate180, frame: Frame) -> Frame:
+    turned = np.ascontiguousarray(frame[::-1, ::-1])
+    if step.about == "centre":
+        return turned
+    down, right = (1 - size % 2 for size in frame.shape[:2])
+    shifted = np.zeros_like(turned)
+    shifted[down:, right:] = turned[: frame.shape[0] - down, : frame.shape[1] - right]
+    return shifted
 
 
-class Resize(Data):
-    """Resize to exactly height x width.
-
-    bicubic          Pillow's: antialiased, fixed point, rounded                       (Qwen2-VL's own resize)
-    bilinear_float   torchvision's on float tensors: antialiased, then truncated       (ARX and AgileX scripts)
-    bilinear_cv2     OpenCV's INTER_LINEAR: two taps without antialias, 11-bit weights (Franka and the training data)
-    """
-
-    step: Literal["resize"] = "resize"
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    filter: Literal["bicubic", "bilinear_float", "bilinear_cv2"]
-
-    def apply(self, frame: Frame) -> Frame:
-        """[h, w, 3] -> [height, width, 3]."""
-        if self.filter == "bicubic":
-            image = Image.fromarray(np.ascontiguousarray(frame))
-            return np.asarray(image.resize((self.width, self.height), Image.Resampling.BICUBIC))
-        if self.filter == "bilinear_cv2":
-            return _bilinear_cv2(frame, self.height, self.width)
-        planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float()[None]
-        resized = F.interpolate(planes, (self.height, self.width), mode="bilinear", antialias=True, align_corners=False)
-        return resized[0].permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
-
-
-Step = Annotated[Jpeg | CenterCrop | Rotate180 | Resize, Field(discriminator="step")]
+def _resize(step: Resize, frame: Frame) -> Frame:
+    if step.filter == "bicubic":
+        # Across, then down, each rounded to bytes: what Pillow 12 and before do in one call, and what checkpoints were
+        # trained behind. Pillow 13 goes down first for some shapes, one grey level off.
+        across = Image.fromarray(np.ascontiguousarray(frame)).resize((step.width, frame.shape[0]), _BICUBIC)
+        return np.asarray(across.resize((step.width, step.height), _BICUBIC))
+    if step.filter == "bilinear_cv2":
+        return _bilinear_cv2(frame, step.height, step.width)
+    planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).float()[None]
+    resized = F.interpolate(planes, (step.height, step.width), mode="bilinear", antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
 
 
 class Preprocessing(RootModel[tuple[Step, ...]]):
@@ -114,7 +78,7 @@ class Preprocessing(RootModel[tuple[Step, ...]]):
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
             raise ValueError(f"expected an RGB frame [height, width, 3] uint8, found {frame.dtype} {list(frame.shape)}")
         for step in self.root:
-            frame = step.apply(frame)
+            frame = apply(step, frame)
         return frame
 
     @classmethod

@@ -51,6 +51,27 @@ def test_a_grant_replaces_the_one_before_and_a_revocation_ends_it():
     assert servo.expired()
 
 
+def test_a_lease_until_an_instant_is_not_prolonged_by_a_late_grant():
+    arbiter, servo = arbiter_and_servo()
+    decided = now_ns()
+    arbiter.grant_until(decided + 100 * MS)
+    assert servo.left_ns(decided) == 100 * MS
+    arbiter.grant_until(decided)  # as if it had been kept from granting for a whole lease
+    assert servo.expired()
+
+
+@pytest.mark.parametrize("ahead", [2 * LONGEST_LEASE_NS, -(10**19)])
+def test_an_instant_too_far_ahead_or_before_time_is_refused(ahead):
+    arbiter, servo = arbiter_and_servo()
+    with pytest.raises((ValueError, OverflowError)):
+        arbiter.grant_until(now_ns() + ahead)
+    with pytest.raises(ValueError, match="expected at most"):
+        arbiter.grant_until(0)
+    with pytest.raises(PermissionError, match="only the arbiter"):
+        servo.grant_until(now_ns())
+    assert servo.expired()
+
+
 @pytest.mark.parametrize("duration", [0, -1, LONGEST_LEASE_NS + 1])
 def test_a_lease_longer_than_any_reaction_is_not_granted(duration):
     arbiter, servo = arbiter_and_servo()

@@ -1,0 +1,317 @@
+"""Checkpoint -> bundle: lay out the stages, lower them, stream their weights, judge them by probes, put them in place.
+
+Everything that can be refused is refused before the first byte is written: layout and lowering take milliseconds, and a
+target that cannot run what it would get says so then.
+"""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from onnx import helper
+from pydantic import BaseModel
+
+from chatvla_edge.export.checkpoint.reader import Checkpoint
+from chatvla_edge.export.lower import onnxruntime as cpu
+from chatvla_edge.export.model import ddim
+from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
+from chatvla_edge.export.model.prompt import SYSTEM
+from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
+from chatvla_edge.export.quantize import BlockFormat
+from chatvla_edge.export.robots import Robot
+from chatvla_edge.export.stages.denoise import condition, denoise
+from chatvla_edge.export.stages.graph import Graph, Port
+from chatvla_edge.export.stages.language import language
+from chatvla_edge.export.stages.vision import vision
+from chatvla_edge.export.stages.weights import Parameters
+from chatvla_edge.runtime import bundle as b
+from chatvla_edge.runtime.gates import judge, read_probe
+
+TEMPLATE = (
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    "{images}{instruction}<|im_end|>\n<|im_start|>assistant\n"
+)
+# Room for an instruction, in multiples of the family's usual one: 13 tokens in Qwen2's vocabulary.
+INSTRUCTION_LENGTHS = 4
+MAX_REASONING = 256
+TOKENIZER, PARITY = "tokenizer.json", "parity.json"
+
+Progress = Callable[[str, int], None]
+"""Stage, bytes of it written just now."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chooses. capacity 0: as much as prompt, instruction and reasoning need."""
+
+    target: str
+    precision: str
+    robot: Robot
+    task: str | None = None
+    max_reasoning: int = MAX_REASONING
+    capacity: int = 0
+    probes: int = 2
+    gates: bool = True
+    allow_failed_gates: bool = False
+    threads: int = 1
+
+
+class GateError(ValueError):
+    """Gates failed, and the export was not told to go on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lowered stages, laid out but not written."""
+
+    graphs: tuple[Graph, ...]
+    capacity: int
+    form: BlockFormat | None
+
+
+def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """Lay out and lower everything, in a blink. Raises ValueError for whatever the target cannot run."""
+    spec = checkpoint.spec
+    if spec.head is None:
+        raise ValueError(f"{checkpoint.path} has no action head: a robot could do nothing with it")
+    if settings.target != "cpu":
+        raise ValueError(f"found target {settings.target!r}, expected cpu: the other targets are not built yet")
+    checkpoint.normalization(settings.task)
+    cameras = settings.robot.cameras
+    capacity = settings.capacity or _capacity(checkpoint, cameras, settings.max_reasoning)
+    target = cpu.Target(settings.precision, capacity)
+    parameters = Parameters(checkpoint.tensor)
+    grids = sorted({camera.grid for camera in cameras})
+    graphs = [
+        *(vision(spec, parameters, grid) for grid in grids),
+        language(spec, parameters),
+        condition(spec, parameters),
+        denoise(spec, parameters),
+    ]
+    return Plan(tuple(cpu.lower(graph, spec, target) for graph in graphs), capacity, target.form)
+
+
+def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progress: Progress) -> b.Bundle:
+    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes."""
+    planned, cameras, head = plan(checkpoint, settings), settings.robot.cameras, checkpoint.spec.head
+    assert head is not None
+    model = checkpoint.model() if settings.gates else None
+
+    with b.BundleWriter(destination) as writer:
+        for graph in planned.graphs:
+            graph.save(writer.path(_file(graph)), partial(progress, graph.name))
+        writer.add(TOKENIZER, _tokenizer(checkpoint).encode())
+        contents = _contents(checkpoint, settings, planned)
+        probes: list[str] = []
+        if model is not None:
+            prompt = checkpoint.prompt()
+            preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
+            normalization = checkpoint.normalization(settings.task)
+            held = dequantized(model, planned.form)
+            arrays = {}
+            sizes = [(camera.height, camera.width) for camera in cameras]
+            for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
+                common = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
+                data = probe_file(
+                    scene,
+                    {
+                        "lowering_parity": reference(held, *common),
+                        "quantization_error": reference(model, *common),
+                    },
+                )
+                probes.append(f"probes/{index}.npz")
+                writer.add(probes[-1], data)
+                arrays[probes[-1]] = read_probe(data)
+            results = judge(writer.directory, contents, arrays, settings.threads)
+            contents = _judged(contents, results, probes, settings)
+        writer.add(PARITY, _json(contents.gates))
+        return writer.commit(contents)
+
+
+def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
+    failed = [result for result in results if result.verdict == "failed"]
+    if failed and not settings.allow_failed_gates:
+        lines = "; ".join(f"{result.name}: {result.value} (limit {result.limit})" for result in failed)
+        raise GateError(
+            f"the engines do not compute what the checkpoint computes: {lines}. Nothing was written. Choose a higher "
+            "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
+        )
+    gates = b.Gates(results=tuple(results), allowed_failed_gates=tuple(result.name for result in failed))
+    return contents.model_copy(update={"gates": gates, "probes": tuple(probes)})
+
+
+def _capacity(checkpoint: Checkpoint, cameras: Sequence[b.Camera], max_reasoning: int) -> int:
+    merge = checkpoint.spec.vision.merge
+    images = sum(2 + camera.grid[0] * camera.grid[1] // merge**2 for camera in cameras)
+    words = len(checkpoint.prompt().ids([], " ".join([INSTRUCTION] * INSTRUCTION_LENGTHS)))
+    rows = images + words + max_reasoning + 2  # one row of padding, and an even number
+    return -(-rows // 16) * 16
+
+
+def _file(graph: Graph) -> str:
+    return f"stages/{graph.name}.onnx"
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    for folder in (checkpoint.path, checkpoint.path.parent):
+        if (folder / "tokenizer.json").is_file():
+            return (folder / "tokenizer.json").read_text(encoding="utf-8")
+    raise ValueError(f"{checkpoint.path}: no tokenizer.json here nor in the folder above; copy it beside the weights")
+
+
+def _json(value: BaseModel) -> bytes:
+    return (value.model_dump_json(indent=2) + "\n").encode()
+
+
+# ------------------------------------------------------------------------------------------------------ the manifest
+
+
+def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Contents:
+    spec, robot = checkpoint.spec, settings.robot
+    head, tokens = spec.head, spec.tokens
+    assert head is not None
+    normalization = checkpoint.normalization(settings.task)
+    capacity = planned.capacity
+    by_name = {graph.name: graph for graph in planned.graphs}
+    visions = [(grid, by_name[f"vision_{grid[0]}x{grid[1]}"]) for grid in sorted({c.grid for c in robot.cameras})]
+    dump = spec.model_dump()
+    version = importlib.metadata.version
+    dims = {
+        "T": (2, 2, capacity),
+        "I": (0, 99, capacity),
+        "n": (2, 2, capacity),
+        "N": (1, 1, len(robot.cameras)),
+    }
+    layers = range(spec.language.layers)
+    names = [f"{kind}_{layer}" for layer in layers for kind in ("key", "value")]
+
+    def stage(graph: Graph) -> dict[str, object]:
+        def tensors(ports: Sequence[Port]) -> tuple[b.Tensor, ...]:
+            return tuple(_tensor(port, capacity) for port in ports)
+
+        inputs, outputs = tensors(graph.inputs), tensors(graph.outputs)
+        symbols = {axis for tensor in (*inputs, *outputs) for axis in tensor.shape if isinstance(axis, str)}
+        return {
+            "file": _file(graph),
+            "data": (f"{_file(graph)}.data",),
+            "precision": settings.precision,
+            "inputs": inputs,
+            "outputs": outputs,
+            "dims": {
+                name: b.Extent(min=low, typical=typical, max=high)
+                for name, (low, typical, high) in dims.items()
+                if name in symbols
+            },
+        }
+
+    return b.Contents(
+        geometry=b.Geometry.model_validate(
+            {
+                "vision": dump["vision"],
+                "language": dump["language"],
+                "fusion": dump["fusion"],
+                "head": dump["head"],
+            }
+        ),
+        semantics=robot.semantics,
+        timing=robot.timing,
+        normalization=b.Normalization(
+            state_mean=tuple(map(float, normalization.state_mean)),
+            state_std=tuple(map(float, normalization.state_std)),
+            action_min=tuple(map(float, normalization.action_min)),
+            action_max=tuple(map(float, normalization.action_max)),
+        ),
+        cameras=robot.cameras,
+        pixels=b.Pixels(mean=_triple(MEAN), std=_triple(STD)),
+        sampler=b.Sampler(
+            kind="ddim",
+            train_steps=spec.sampler.train_steps,
+            clip=1.0,
+            steps=tuple(
+                b.SamplerStep(
+                    timestep=at.timestep,
+                    signal=at.signal,
+                    noise=at.noise,
+                    next_signal=at.next_signal,
+                    next_noise=at.next_noise,
+                )
+                for at in ddim.steps(spec.sampler)
+            ),
+        ),
+        prompt=b.Prompt(
+            template=TEMPLATE,
+            tokens=b.Tokens(**tokens.model_dump(), stop=(tokens.im_end,)),
+            max_reasoning_tokens=settings.max_reasoning,
+        ),
+        target=b.Target(
+            name="cpu",
+            engine=b.Engine(
+                kind="onnxruntime", lowered_with=_numbers(version("onnxruntime")), at_least="1.22", below=None
+            ),
+            sm=(),
+            jetpack=None,
+        ),
+        stages=b.Stages(
+            vision=tuple(b.VisionStage.model_validate({**stage(graph), "grid": grid}) for grid, graph in visions),
+            language=b.LanguageStage.model_validate(
+                {
+                    **stage(by_name["language"]),
+                    "kv": b.KvCache(
+                        capacity=capacity,
+                        dtype="float32",
+                        sharing="in_place",
+                        past=tuple(f"past_{name}" for name in names),
+                        present=tuple(f"present_{name}" for name in names),
+                    ),
+                    "embeddings": None,
+                }
+            ),
+            condition=b.Stage.model_validate(stage(by_name["condition"])),
+            denoise=b.Stage.model_validate(stage(by_name["denoise"])),
+        ),
+        tokenizer=TOKENIZER,
+        parity=PARITY,
+        probes=(),
+        plugin=(),
+        documents=(),
+        gates=b.Gates(results=(), allowed_failed_gates=()),
+        provenance=b.Provenance(
+            checkpoint_sha256=_identity(checkpoint),
+            checkpoint_name=checkpoint.path.name,
+            variant=spec.variant,
+            tools={
+                name: version(name)
+                for name in ("chatvla-edge", "onnx", "onnxruntime", "torch", "transformers", "numpy")
+            },
+            calibration=None,
+            created=None,
+        ),
+    )
+
+
+def _tensor(port: Port, capacity: int) -> b.Tensor:
+    dtype = str(helper.tensor_dtype_to_np_dtype(port.dtype))
+    shape = tuple(capacity if axis == "C" else axis for axis in port.shape)
+    return b.Tensor.model_validate({"name": port.name, "dtype": dtype, "shape": shape})
+
+
+def _triple(values: Iterable[float]) -> tuple[float, float, float]:
+    first, second, third = map(float, values)
+    return first, second, third
+
+
+def _numbers(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:3])
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """SHA-256 over names, shapes, dtypes and 4096 values of every tensor: the checkpoint without reading all of it."""
+    digest = hashlib.sha256()
+    for name, entry in checkpoint.entries.items():
+        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
+        flat = entry.load().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 4096)].float().numpy().tobytes())
+    return digest.hexdigest()

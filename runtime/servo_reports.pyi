@@ -1,0 +1,9 @@
+from chatvla_edge.runtime.histogram import Histogram
+from chatvla_edge.runtime.servo_plan import ServoPlan, ServoWires
+
+STEP_NAMES: tuple[str, ...]
+
+class ServoReports:
+    def __init__(self, plan: ServoPlan, wires: ServoWires) -> None: ...
+    def clear(self) -> None: ...
+    def histograms(self) -> dict[str, Histogram]: ...

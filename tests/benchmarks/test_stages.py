@@ -1,0 +1,80 @@
+"""The benchmarks of stages and experts run through and say what they promise; their figures are not looked at."""
+
+from argparse import Namespace
+
+import pytest
+
+from chatvla_edge.benchmarks import experts, resident, stages
+from chatvla_edge.benchmarks.report import Report
+
+
+def options(**changes):
+    return Namespace(quick=True, seconds=0.01, threads=[1], **changes)
+
+
+def again(report: Report) -> Report:
+    return Report.model_validate_json(report.model_dump_json())
+
+
+@pytest.mark.slow
+def test_queries_drafts_and_memory_of_tiny_are_in_the_report(tmp_path):
+    report = again(stages.run(options(parts=["tiny"], work=tmp_path, rounds=7)))
+    rows = {row.name: row for row in report.rows}
+    for name in ("eager fp32", "eager bf16", "fp32", "int8", "int4"):
+        assert rows[f"tiny, 1 thread: query: {name}"].p50 > 0
+    for precision in ("fp32", "int8", "int4"):
+        told = f"tiny, 1 thread: reasoning {precision}"
+        assert rows[f"{told}: plain: passes"].p50 == stages.TOKENS
+        assert rows[f"{told}: right draft: passes"].p50 == 1
+        assert rows[f"{told}: draft with 3 wrong tokens: passes"].p50 == 4
+        assert rows[f"tiny, {precision}, without torch: resident after one query"].p50 > 10 << 20
+    assert len(report.goals) == 3
+
+
+@pytest.mark.slow
+def test_the_price_of_a_layer_comes_from_two_sizes(tmp_path, monkeypatch):
+    small = stages.PRESETS["tiny"][0]
+
+    def shortened(layers, blocks, head):
+        follows = small.head.reasoning.model_copy(update={"start": head // 2, "stop": head})
+        return small.model_copy(
+            update={
+                "vision": small.vision.model_copy(update={"depth": blocks}),
+                "language": small.language.model_copy(update={"layers": layers}),
+                "head": small.head.model_copy(update={"depth": head, "reasoning": follows}),
+            }
+        )
+
+    monkeypatch.setattr(stages, "shortened", shortened)
+    monkeypatch.setattr(stages, "READ_BYTES", 1 << 20)
+    report = again(stages.run(options(parts=["real"], work=tmp_path, rounds=7)))
+    names = {row.name for row in report.rows}
+    for stage in stages.STAGES:
+        for size in ("half", "whole"):
+            assert f"{stage}, 1 thread: {size}: eager fp32" in names
+            assert f"{stage}, 1 thread: {size}: int4" in names
+        assert f"{stage}, 1 thread: int8: extrapolated" in names
+    assert "query of 50 tokens, 1 thread: int8: extrapolated" in names
+    assert len(report.goals) == 2
+
+
+@pytest.mark.slow
+def test_experts_are_compared_with_the_loop_and_with_bandwidth(monkeypatch):
+    monkeypatch.setattr(experts, "NARROW", 128)
+    report = again(experts.run(options()))
+    names = {row.name for row in report.rows}
+    assert {"decode, 1 thread: int4", "256 rows, 1 thread: eager bf16", "one map, int8, 1 thread: two rows"} <= names
+    assert [goal.ok for goal in report.goals] == [None, None], "caches hold narrow experts"
+
+
+def test_a_right_price_is_linear_in_layers():
+    assert stages.Price(base=2.0, layer=0.5).of(27) == 15.5
+
+
+def test_the_robots_side_is_measured_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, chatvla_edge.benchmarks.resident; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert resident.INSTRUCTION
