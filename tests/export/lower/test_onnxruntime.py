@@ -165,6 +165,16 @@ def test_routers_and_small_maps_keep_their_fp32_weights(precision, tmp_path):
             np.testing.assert_array_equal(graph.weights[name].array(), weights.array(name))
 
 
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_a_router_over_many_experts_keeps_fp32_too(precision):
+    """By rule, not because it happens to be small."""
+    spec = with_experts(ExpertsSpec(routed=64, top_k=2, routed_width=72))
+    graph = stages.lowered(language(spec, stages.parameters(tiny.model(spec))), spec, precision)
+    for i in range(spec.language.layers):
+        assert graph.weights[f"backbone.language.layers.{i}.mlp.router.weight"].dtype == np.float32
+    assert not any("router" in name and name.endswith((".codes", ".scales")) for name in graph.weights)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_lowered_file_needs_nothing_of_ours(stage, precision, tmp_path):

@@ -111,12 +111,12 @@ def test_a_rejected_draft_leaves_no_bit_behind(stage, prompt, start, wrong, seed
 
 def test_experts_really_had_odd_batches(stage, prompt, spec):
     """Or the padding inside the experts has proved nothing."""
-    if not spec.language.experts.routed:
-        pytest.skip("no experts")
     stage.restart()
     found = even(stage, prompt)
-    visits = [np.bincount(found[f"routing_{i}"].ravel(), minlength=spec.language.experts.routed) for i in range(3)]
-    assert (np.array(visits) % 2 == 1).any()
+    routed = spec.language.experts.routed
+    visits = [np.bincount(ids.ravel(), minlength=routed) for name, ids in found.items() if name.startswith("routing_")]
+    assert bool(visits) == bool(routed)
+    assert not routed or (np.array(visits) % 2 == 1).any()
 
 
 def test_more_threads_change_no_bit(spec, prompt, tmp_path):
@@ -146,8 +146,7 @@ def test_a_layer_of_real_size_gives_the_same_bits(precision, tmp_path):
     graph = stages.lowered(language(spec, Parameters(read)), spec, precision, capacity=rows + 2)
     path = stages.save(graph, tmp_path)
     prompt = stages.prompt(spec, rows, [(8, 12)])
-    for threads in (1, 2):
+    for threads, cuts in ((1, [0, 1, 2, 7, rows]), (2, [0, 65, *range(rows - 5, rows + 1)])):
         stage = stages.Stage(path, spec, in_place=True, threads=threads, capacity=rows + 2)
-        for cuts in ([0, 1, 2, 7, rows], [0, 65, 131, rows], [0, *range(rows - 5, rows + 1)]):
-            assert_rows_are_those_of_one_pass(stage, prompt, cuts)
+        assert_rows_are_those_of_one_pass(stage, prompt, cuts)
     path.with_name(path.name + ".data").unlink()
