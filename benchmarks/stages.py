@@ -233,6 +233,10 @@ STAGES = (
 )
 
 
+MEMORY = "memory"
+OPTIONAL = (MEMORY, "prefill 256", f"verify {VERIFIED}")  # what no extrapolated query needs
+
+
 def _ids(spec: PolicySpec) -> NDArray[np.int64]:
     return _ids_below(spec.language.vocab)
 
@@ -341,7 +345,9 @@ def tiny(report: Report, folder: Path, threads: Sequence[int], seconds: float, p
 # ------------------------------------------------------------------------------------------------------- real sizes
 
 
-def stages(subjects: dict[str, Subject], count: int, seconds: float, least: int) -> Iterator[tuple[str, Comparison]]:
+def stages(
+    subjects: dict[str, Subject], chosen: Sequence[str], count: int, seconds: float, least: int
+) -> Iterator[tuple[str, Comparison]]:
     """Each stage, every subject and candidate of it in the same rounds; `names` are `subject: candidate`."""
     works: dict[str, dict[str, Work]] = {}
     read = {pages: buffer(READ_BYTES, huge=huge) for pages, huge in (("4 KiB pages", False), ("2 MiB pages", True))}
@@ -350,7 +356,7 @@ def stages(subjects: dict[str, Subject], count: int, seconds: float, least: int)
             works[f"{size}: {name}"] = eager_stages(model)
         for name, bundle in subject.bundles.items():
             works[f"{size}: {name}"] = bundle_stages(bundle, count)
-    for stage in STAGES:
+    for stage in chosen:
         which: Works = {name: found[stage] for name, found in works.items()}
         if stage == "decode":
             which |= {f"read, {pages}": streaming_read(words, count) for pages, words in read.items()}
@@ -375,20 +381,24 @@ def price(found: Comparison, prefix: str, candidate: str, layers: int) -> Price:
     return Price(float(np.median(small.by_round())), difference(large, over=small).value / layers)
 
 
-def real(report: Report, folder: Path, threads: Sequence[int], seconds: float, least: int) -> None:
+def real(
+    report: Report, folder: Path, threads: Sequence[int], seconds: float, least: int, without: Sequence[str]
+) -> None:
     """Layers of real size, extrapolated to the whole policy."""
     precisions = ("int8", "int4")
     depths = {"half": (1, 1, 2), "whole": (2, 2, 4)}
     for size, (layers, blocks, head) in depths.items():
         write_subject(folder / size, shortened(layers, blocks, head), GEOMETRY, precisions)
-    write_subject(folder / "whole", shortened(*depths["whole"]), GEOMETRY, ("fp32",))
-    _resident(report, "2 layers of real size", folder / "whole", ("fp32", *precisions), threads[0])
+    if MEMORY not in without:
+        write_subject(folder / "whole", shortened(*depths["whole"]), GEOMETRY, ("fp32",))
+        _resident(report, "2 layers of real size", folder / "whole", ("fp32", *precisions), threads[0])
+    chosen = [stage for stage in STAGES if stage not in without]
     subjects = {size: open_subject(folder / size, precisions) for size in depths}
     for count in threads:
         torch.set_num_threads(count)
         prices: dict[str, dict[str, Price]] = {}
         read: dict[str, float] = {}
-        for stage, found in stages(subjects, count, seconds, least):
+        for stage, found in stages(subjects, chosen, count, seconds, least):
             report.add(found)
             index = 1 if stage == "vision" else 2 if stage in ("condition", "denoise") else 0
             more = depths["whole"][index] - depths["half"][index]
@@ -473,7 +483,7 @@ def _shares(report: Report, prices: dict[str, dict[str, Price]], read: dict[str,
         for pages, most in read.items():
             report.figure(f"decode, {told}: {name}: one layer's share of read bandwidth, {pages}", rate / most, "x")
     peak = gemm_peak(count, seconds=1.0)
-    for rows in PREFILLS:
+    for rows in (rows for rows in PREFILLS if f"prefill {rows}" in prices):
         for name, found in prices[f"prefill {rows}"].items():
             share = 2.0 * rows * weights / found.layer / peak
             report.figure(f"prefill {rows}, {told}: {name}: one layer's share of the float32 GEMM peak", share, "x")
@@ -509,6 +519,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="for each candidate of a comparison; default: 2, quick: 0.5")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--rounds", type=int, default=7, help="at least, of layers of real size; default: 7")
+    parser.add_argument("--without", nargs="+", choices=OPTIONAL, default=[], help="of layers of real size")
     parser.add_argument("--parts", nargs="+", choices=("tiny", "real"), help="default: both; quick: tiny")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles for the next run")
 
@@ -522,7 +533,7 @@ def run(options: Namespace) -> Report:
         if "tiny" in parts:
             tiny(report, folder, options.threads, seconds, ("fp32", "int8", "int4"))
         if "real" in parts:
-            real(report, folder, options.threads, seconds, least=options.rounds)
+            real(report, folder, options.threads, seconds, least=options.rounds, without=options.without)
     if "real" not in parts:
         report.note("Layers of real size were left out: their goals are not among those below.")
     return report

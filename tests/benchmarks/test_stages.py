@@ -18,7 +18,7 @@ def again(report: Report) -> Report:
 
 @pytest.mark.slow
 def test_queries_drafts_and_memory_of_tiny_are_in_the_report(tmp_path):
-    report = again(stages.run(options(parts=["tiny"], work=tmp_path, rounds=7)))
+    report = again(stages.run(options(parts=["tiny"], work=tmp_path, rounds=7, without=[])))
     rows = {row.name: row for row in report.rows}
     for name in ("eager fp32", "eager bf16", "fp32", "int8", "int4"):
         assert rows[f"tiny, 1 thread: query: {name}"].p50 > 0
@@ -47,7 +47,7 @@ def test_the_price_of_a_layer_comes_from_two_sizes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "shortened", shortened)
     monkeypatch.setattr(stages, "READ_BYTES", 1 << 20)
-    report = again(stages.run(options(parts=["real"], work=tmp_path, rounds=7)))
+    report = again(stages.run(options(parts=["real"], work=tmp_path, rounds=7, without=[])))
     names = {row.name for row in report.rows}
     for stage in stages.STAGES:
         for size in ("half", "whole"):
