@@ -19,13 +19,20 @@ class VisionSpec(Data):
     """Qwen2-VL vision tower. Defaults are those of every published size; saved configs are diffs to them."""
 
     depth: int = Field(default=32, ge=1)
-    embed_dim: int = 1280
-    heads: int = 16
-    mlp_ratio: int = 4
-    patch: int = 14
-    temporal_patch: int = 2
-    merge: int = 2
-    channels: int = 3
+    embed_dim: int = Field(default=1280, ge=1)
+    heads: int = Field(default=16, ge=1)
+    mlp_ratio: int = Field(default=4, ge=1)
+    patch: int = Field(default=14, ge=1)
+    temporal_patch: int = Field(default=2, ge=1)
+    merge: int = Field(default=2, ge=1)
+    channels: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "VisionSpec":
+        # Two rotary halves of whole pairs: a head's width is a multiple of 4.
+        if self.embed_dim % (4 * self.heads):
+            raise ValueError(f"vision width {self.embed_dim} does not divide into {self.heads} heads of whole quarters")
+        return self
 
     @property
     def patch_values(self) -> int:
@@ -101,15 +108,15 @@ class ExpertsSpec(Data):
 class LanguageSpec(Data):
     """Qwen2-VL decoder. No defaults for sizes: the class defaults of public configs are those of the 72B model."""
 
-    vocab: int
-    hidden: int
+    vocab: int = Field(ge=1)
+    hidden: int = Field(ge=1)
     layers: int = Field(ge=1)
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    rms_eps: float = 1e-6
-    rope_theta: float = 1e6
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    intermediate: int = Field(ge=1)
+    rms_eps: float = Field(default=1e-6, gt=0, lt=1)
+    rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     max_positions: int = 32768
     tied: bool = True
@@ -179,13 +186,13 @@ class HeadSpec(Data):
     """
 
     depth: int = Field(ge=1)
-    width: int
-    heads: int
-    mlp_width: int
-    action_dim: int
-    state_dim: int
-    horizon: int
-    cond_dim: int
+    width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    mlp_width: int = Field(ge=1)
+    action_dim: int = Field(ge=1)
+    state_dim: int = Field(ge=1)
+    horizon: int = Field(ge=1)
+    cond_dim: int = Field(ge=1)
     conditioning: Literal["combine", "norm"] = "norm"
     combine_width: int = 1024
     reasoning: ReasoningSpec | None = None
@@ -249,6 +256,9 @@ class PolicySpec(Data):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PolicySpec":
+        beyond = {name: token for name, token in self.tokens if token >= self.language.vocab}
+        if beyond and self.head is not None:
+            raise ValueError(f"the special tokens {beyond} lie beyond the vocabulary of {self.language.vocab}")
         if self.head is not None and self.head.cond_dim != self.language.hidden:
             raise ValueError(
                 f"the head expects vectors of {self.head.cond_dim}, the language model makes {self.language.hidden}"

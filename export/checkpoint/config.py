@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from chatvla_edge.export.checkpoint.errors import refusal
+from chatvla_edge.export.checkpoint.errors import CheckpointError, refusal
 from chatvla_edge.export.checkpoint.names import EXPERT_STYLES, PREFIXES, SHARED_GATE, Layout, Shape
 from chatvla_edge.export.spec import (
     ExpertsSpec,
@@ -29,20 +29,39 @@ from chatvla_edge.export.spec import (
 View = Literal["robot", "vqa"]
 Config = Mapping[str, Any]
 
+LARGEST_CONFIG = 1 << 24
+
 # Every published VLA checkpoint has these; another value is another arithmetic.
 _HEAD_FLAGS = {"learn_sigma": False, "time_as_cond": True, "obs_as_cond": True, "is_tinyvla": False}
-_UNSUPPORTED_HEADS = {"unet_diffusion_policy": "a U-Net diffusion head"}
+_HEAD_TYPES = ("scale_dp_policy", "dit_diffusion_policy")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise refusal(path, found=str(error), expected="a readable JSON file", do="Copy the file again.") from None
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"{path.stat().st_size} bytes, a configuration has a few thousand")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise refusal(
+            path, found=str(error)[:300], expected="a readable JSON file", do="Copy the file again."
+        ) from None
     if not isinstance(value, dict):
         raise refusal(path, found=type(value).__name__, expected="a JSON object", do="Copy the file again.")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: of two values for one key, neither can be trusted."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return table
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no JSON number")
 
 
 class SpecReader:
@@ -54,9 +73,9 @@ class SpecReader:
 
     def __init__(self, config: Config, shapes: Mapping[str, Shape], where: Path) -> None:
         # Newer transformers nest the language model's fields.
-        self.config: dict[str, Any] = {**config, **(config.get("text_config") or {})}
-        self.shapes = shapes
         self.where = where
+        self.config: dict[str, Any] = {**config, **self._section(config, "text_config")}
+        self.shapes = shapes
         self.notes: list[str] = []
 
     def read(self, view: View = "robot") -> tuple[PolicySpec, Layout]:
@@ -110,6 +129,61 @@ class SpecReader:
             )
         return value
 
+    def _section(self, config: Config, key: str) -> Config:
+        """An object inside the config; absent or null is an empty one."""
+        value = config.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return value
+
+    def _wrong(self, key: str, value: object, expected: str) -> CheckpointError:
+        return refusal(
+            self.where, found=f"{key} = {ascii(value)[:80]}", expected=expected, do="Write it as the model was trained."
+        )
+
+    def _integer(self, key: str, section: Config | None = None, default: int | None = None) -> int:
+        """A positive whole number; needed where there is no default."""
+        value = (self.config if section is None else section).get(key, default)
+        value = self._need(key, section) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise self._wrong(key, value, "a whole number from 1 to 2^31")
+        return value
+
+    def _positive(self, key: str, section: Config | None = None) -> float:
+        """A finite number above 0."""
+        value = self._need(key, section)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            raise self._wrong(key, value, "a finite number above 0")
+        return float(value)
+
+    def _flag(self, key: str, section: Config | None = None, default: bool | None = None) -> bool:
+        """True or false; needed where there is no default."""
+        value = (self.config if section is None else section).get(key, default)
+        value = self._need(key, section) if value is None else value
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def _only(self, key: str, allowed: tuple[str, ...], section: Config | None = None) -> None:
+        """Refuse a stated value whose arithmetic is not ours."""
+        value = (self.config if section is None else section).get(key)
+        if value is not None and value not in allowed:
+            raise self._wrong(key, value, " or ".join(allowed))
+
+    def _whole(self, what: str, found: int, key: str, section: Config | None = None) -> None:
+        """Refuse fewer layers than the config states: a lost shard must not pass for a smaller model."""
+        stated = (self.config if section is None else section).get(key)
+        if isinstance(stated, int) and found < stated:
+            raise refusal(
+                self.where.parent,
+                found=f"tensors of {found} {what}",
+                expected=f"{stated}, as {key} in {self.where.name} says",
+                do=f"The last {stated - found} are missing: copy the checkpoint again, or correct {key}.",
+            )
+        self._agree(f"the number of {what}", found, key, section)
+
     def _count(self, pattern: str) -> int:
         """1 + the largest number in the group of `pattern` over all names; 0 if none matches.
 
@@ -132,26 +206,33 @@ class SpecReader:
     def _agree(self, what: str, found: Any, key: str, section: Config | None = None) -> None:
         stated = (self.config if section is None else section).get(key)
         if stated is not None and stated != found:
-            self.notes.append(f"{what} is {found} by the tensors; {key} = {stated} in {self.where.name} is not used.")
+            self.notes.append(
+                f"{what} is {found} by the tensors; {key} = {ascii(stated)[:80]} in {self.where.name} is not used."
+            )
 
     # ------------------------------------------------------------------------------------------------- parts
 
     def _language(self, experts: ExpertsSpec) -> LanguageSpec:
         vocab, hidden = self._shape(f"{self.text}embed_tokens.weight", 2)
         layers = self._count(re.escape(self.text) + r"layers\.(\d+)\.")
-        heads, kv_heads = int(self._need("num_attention_heads")), int(self._need("num_key_value_heads"))
+        heads, kv_heads = self._integer("num_attention_heads"), self._integer("num_key_value_heads")
         rows = self._shape(f"{self.text}layers.0.self_attn.q_proj.weight", 2)[0]
         self._agree("the vocabulary", vocab, "vocab_size")
         self._agree("the hidden size", hidden, "hidden_size")
-        self._agree("the number of layers", layers, "num_hidden_layers")
+        self._whole("layers", layers, "num_hidden_layers")
+        self._only("hidden_act", ("silu",))
         width = self._dense_width()
         if width is None:
             # No MLP of the common width exists; Qwen's families state the experts' own width beside it.
             own = self.config.get("moe_intermediate_size") == experts.routed_width
-            width = int(self._need("intermediate_size")) if own or not experts.routed else experts.routed_width
+            width = self._integer("intermediate_size") if own or not experts.routed else experts.routed_width
         self._agree("the intermediate size", width, "intermediate_size")
-        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        rope = self._section(self.config, "rope_parameters") or self._section(self.config, "rope_scaling")
         section = self._need("mrope_section", rope)
+        if not isinstance(section, list) or len(section) != 3 or not all(type(n) is int and n > 0 for n in section):
+            raise self._wrong("mrope_section", section, "three whole numbers above 0")
+        for key in ("type", "rope_type"):
+            self._only(key, ("default", "mrope"), rope)
         if self.config.get("use_sliding_window"):
             raise refusal(
                 self.where,
@@ -159,7 +240,7 @@ class SpecReader:
                 expected="false, as in every published checkpoint",
                 do="Attention over a window is not supported; set it to false if the model was trained without.",
             )
-        tied = self.config.get("tie_word_embeddings")
+        tied = None if self.config.get("tie_word_embeddings") is None else self._flag("tie_word_embeddings")
         has_output = "lm_head.weight" in self.shapes
         if tied is None:
             tied = not has_output
@@ -177,10 +258,10 @@ class SpecReader:
             kv_heads=kv_heads,
             head_dim=rows // heads,
             intermediate=width,
-            rms_eps=float(self._need("rms_norm_eps")),
-            rope_theta=float(rope.get("rope_theta") or self._need("rope_theta")),
+            rms_eps=self._positive("rms_norm_eps"),
+            rope_theta=self._positive("rope_theta", rope if "rope_theta" in rope else None),
             mrope_section=tuple(section),
-            max_positions=int(self.config.get("max_position_embeddings", 32768)),
+            max_positions=self._integer("max_position_embeddings", default=32768),
             tied=bool(tied),
             experts=experts.model_copy(update=same),
         )
@@ -282,27 +363,28 @@ class SpecReader:
                     f"{routed} experts, top-{max(1, routed // 2)}."
                 )
                 return max(1, routed // 2)
-            return int(stated)
-        return int(self._need("num_experts_per_tok"))
+            return self._integer("routed_top_k")
+        return self._integer("num_experts_per_tok")
 
     def _renormalize(self, style: str) -> bool:
         # Mixtral and Qwen3-VL-MoE always renormalise; Qwen2-MoE says, and its class default is false.
         if style != "qwen" and "norm_topk_prob" not in self.config:
             return True
-        return bool(self._need("norm_topk_prob"))
+        return self._flag("norm_topk_prob")
 
     def _vision(self, hidden: int) -> VisionSpec:
-        section: Config = self.config.get("vision_config") or {}
+        section = self._section(self.config, "vision_config")
+        self._only("hidden_act", ("quick_gelu",), section)
         embed_dim, channels, temporal, patch, _ = self._shape(f"{self.visual}patch_embed.proj.weight", 5)
         depth = self._count(re.escape(self.visual) + r"blocks\.(\d+)\.")
-        self._agree("the vision tower's depth", depth, "depth", section)
+        self._whole("vision blocks", depth, "depth", section)
         self._agree("the vision tower's width", embed_dim, "embed_dim", section)
         merged, out = self._shape(f"{self.visual}merger.mlp.0.weight", 2)[1], hidden
         self._agree("the vision tower's output", out, "hidden_size", section)
         return VisionSpec(
             depth=depth,
             embed_dim=embed_dim,
-            heads=int(section.get("num_heads", 16)),
+            heads=self._integer("num_heads", section, default=16),
             mlp_ratio=self._shape(f"{self.visual}blocks.0.mlp.fc1.weight", 2)[0] // embed_dim,
             patch=patch,
             temporal_patch=temporal,
@@ -321,14 +403,14 @@ class SpecReader:
 
     def _head(self, hidden: int) -> HeadSpec:
         kind = self.config.get("policy_head_type")
-        if kind in _UNSUPPORTED_HEADS:
+        if kind is not None and kind not in _HEAD_TYPES:
             raise refusal(
                 self.where,
-                found=f"policy_head_type = {kind!r} ({_UNSUPPORTED_HEADS[kind]})",
-                expected="scale_dp_policy or dit_diffusion_policy",
-                do="Only the ScaleDP family is supported.",
+                found=f"policy_head_type = {ascii(kind)[:80]}",
+                expected=" or ".join(_HEAD_TYPES),
+                do="Only the ScaleDP family is supported, not e.g. a U-Net diffusion head.",
             )
-        section: Config = self.config.get("policy_head_config") or {}
+        section = self._section(self.config, "policy_head_config")
         for flag, needed in (
             ("learn_sigma", False),
             ("time_as_cond", True),
@@ -348,10 +430,10 @@ class SpecReader:
         combine = self.shapes.get("policy_head.combine.0.weight")
         joined = combine or self._shape("policy_head.cond_obs_emb.weight", 2)
         # Absent means the class default, 16, in all three public code lines.
-        heads = int(section.get("num_heads", 16))
+        heads = self._integer("num_heads", section, default=16)
         self._agree("the action dimension", action_dim, "input_dim", section)
         self._agree("the horizon", horizon, "prediction_horizon", section)
-        self._agree("the head's depth", depth, "depth", section)
+        self._whole("head blocks", depth, "depth", section)
         self._agree("the head's width", width, "n_emb", section)
         self._agree("the state dimension", joined[1] - hidden, "state_dim", section)
         spec = HeadSpec(
@@ -370,7 +452,8 @@ class SpecReader:
         name = str(self.config.get("policy_head_size", ""))
         if name and name.rsplit("_", 1)[-1] != spec.size:
             self.notes.append(
-                f"the head is {spec.size} by the tensors; policy_head_size = {name} in {self.where.name} is not used."
+                f"the head is {spec.size} by the tensors; policy_head_size = {ascii(name)[1:81].rstrip(chr(39))} in "
+                f"{self.where.name} is not used."
             )
         return spec
 
@@ -380,18 +463,20 @@ class SpecReader:
                 # Strict reading would find the missing tensor too, but not say why it is needed.
                 self._shape("policy_head.cond_reasoning_emb.weight", 2)
             return None
-        start = int(self._need("reasoning_layer_id", section))
+        start = self._need("reasoning_layer_id", section)
+        if type(start) is not int or not 0 <= start < depth:
+            raise self._wrong("reasoning_layer_id", start, f"a block of the head, 0 to {depth - 1}")
         return ReasoningSpec(
             start=start,
-            stop=int(section.get("reasoning_layer_end", depth)),
-            final=bool(section.get("reasoning_final", True)),
+            stop=self._integer("reasoning_layer_end", section, default=depth),
+            final=self._flag("reasoning_final", section, default=True),
         )
 
     def _sampler(self) -> SamplerSpec:
-        section: Config = self.config.get("policy_head_config") or {}
+        section = self._section(self.config, "policy_head_config")
         return SamplerSpec(
-            train_steps=int(section.get("num_train_timesteps", 100)),
-            steps=int(section.get("num_inference_timesteps", 10)),
+            train_steps=self._integer("num_train_timesteps", section, default=100),
+            steps=self._integer("num_inference_timesteps", section, default=10),
         )
 
     def _tokens(self) -> TokenSpec:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from chatvla_edge.export.checkpoint.config import SpecReader, View, read_json
@@ -155,8 +156,14 @@ def open_checkpoint(path: str | Path, *, view: View = "robot", base: str | Path 
     reader = SpecReader(config, shapes, config_file)
     try:
         spec, layout = reader.read(view)
-    except (ArithmeticError, TypeError) as error:
-        raise refusal(config_file, found=str(error), expected="numbers that fit the tensors", do="Mend it.") from None
+    except (ArithmeticError, TypeError, ValidationError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise refusal(
+            config_file,
+            found=said.removeprefix("Value error, "),
+            expected="numbers that fit each other and the tensors",
+            do="Correct them, or copy the checkpoint again.",
+        ) from None
     entries, ignored = account(source, spec, layout, path, view)
     return Checkpoint(path, spec, layout, entries, ignored, (*source.notes, *reader.notes), config)
 

@@ -171,13 +171,13 @@ def test_an_untied_output_matrix_is_used(directory):
     ("changes", "stated"),
     [
         ({"hidden_size": 128}, "hidden_size = 128"),
-        ({"num_hidden_layers": 28}, "num_hidden_layers = 28"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers = 2"),
         ({"intermediate_size": 8960}, "intermediate_size = 8960"),
         ({"policy_head_size": "DiT_L"}, "policy_head_size = DiT_L"),
         ({"policy_head_config": {"prediction_horizon": 16}}, "prediction_horizon = 16"),
-        ({"policy_head_config": {"depth": 24}}, "depth = 24"),
+        ({"policy_head_config": {"depth": 3}}, "depth = 3"),
         ({"using_film": True}, "using_film = True"),
-        ({"vision_config": {"depth": 32}}, "depth = 32"),
+        ({"vision_config": {"depth": 1}}, "depth = 1"),
         ({"routed_top_k": 0}, "top-4"),
     ],
 )
@@ -201,7 +201,33 @@ def test_tensors_win_over_the_config_and_it_is_said(directory, changes, stated):
         ({"policy_head_config": {"learn_sigma": True}}, "learn_sigma"),
         ({"policy_head_config": {"is_tinyvla": True}}, "is_tinyvla"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"policy_head_config": {"reasoning_layer_id": 9}}, "reasoning blocks"),
+        ({"policy_head_config": {"reasoning_layer_id": 9}}, "reasoning_layer_id = 9"),
+        ({"policy_head_config": {"reasoning_layer_id": 1.5}}, r"reasoning_layer_id = 1\.5"),
+        ({"num_hidden_layers": 28}, "The last 25 are missing"),
+        ({"policy_head_config": {"depth": 24}}, "The last 20 are missing"),
+        ({"vision_config": {"depth": 32}}, "The last 30 are missing"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps = -1"),
+        ({"rms_norm_eps": "4"}, "rms_norm_eps"),
+        ({"rope_theta": 0}, "rope_theta = 0"),
+        ({"rope_scaling": [1]}, r"rope_scaling = \[1\]"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"mrope_section": [-2, 5, 5]}}, "mrope_section"),
+        ({"rope_scaling": {"mrope_section": "233"}}, "mrope_section"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"vision_config": 3}, "vision_config = 3"),
+        ({"text_config": "x"}, "text_config"),
+        ({"vision_config": {"num_heads": 3}}, "3 heads"),
+        ({"vision_config": {"num_heads": 0}}, "num_heads = 0"),
+        ({"policy_head_config": {"num_heads": -1}}, "num_heads = -1"),
+        ({"policy_head_config": {"num_heads": True}}, "num_heads = True"),
+        ({"policy_head_config": {"num_train_timesteps": 10**12}}, "num_train_timesteps"),
+        ({"policy_head_config": {"num_inference_timesteps": 1.5}}, "num_inference_timesteps"),
+        ({"policy_head_type": "x"}, "policy_head_type"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"routed_top_k": 1.5}, "routed_top_k"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads = -1"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings"),
+        ({"im_end_token_id": 100000}, "beyond the vocabulary"),
         ({"num_attention_heads": 3}, "3 attention heads|head dimension"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"num_attention_heads": "many"}, "many"),
@@ -249,7 +275,11 @@ def test_a_directory_without_config_is_refused(directory):
         open_checkpoint(directory)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"a": 1'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "\x00", '{"a": 1', '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 200_000, '{"a": ' + "9" * 5000 + "}"],
+    ids=["empty", "list", "open", "nul", "cut", "nan", "twice", "deep", "long number"],
+)
 def test_a_broken_config_is_refused(directory, text):
     (directory / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
