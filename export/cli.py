@@ -276,6 +276,8 @@ def export(
         gates=gates,
         allow_failed_gates=allow_failed_gates,
     )
+    if output.exists():
+        raise ValueError(f"{output} exists: a bundle is never overwritten. Choose another name, or remove it")
     planned = plan(checkpoint, settings)
     if dry_run:
         table = Table("stage", "nodes", "weights")
@@ -285,7 +287,14 @@ def export(
         return
     with _progress() as bar:
         tasks = {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
-        bundle = export(checkpoint, output, settings, lambda name, count: bar.advance(tasks[name], count))
+
+        def advance(name: str, count: int) -> None:
+            if name == "judging":
+                bar.console.print("judging the engines by the reference (probes) ...")
+            else:
+                bar.advance(tasks[name], count)
+
+        bundle = export(checkpoint, output, settings, advance)
     failed = [result.name for result in bundle.manifest.gates.results if result.verdict == "failed"]
     console.print(f"{output}: {target} {precision}, {bundle.size:,} bytes", highlight=False)
     if failed:

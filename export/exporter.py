@@ -22,6 +22,7 @@ from chatvla_edge.export.model.prompt import SYSTEM
 from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
 from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
+from chatvla_edge.export.spec import HeadSpec
 from chatvla_edge.export.stages.denoise import condition, denoise
 from chatvla_edge.export.stages.graph import Graph, Port
 from chatvla_edge.export.stages.language import language
@@ -80,6 +81,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     if settings.target != "cpu":
         raise ValueError(f"found target {settings.target!r}, expected cpu: the other targets are not built yet")
     checkpoint.normalization(settings.task)
+    _fits(settings.robot, spec.head)
     cameras = settings.robot.cameras
     capacity = settings.capacity or _capacity(checkpoint, cameras, settings.max_reasoning)
     target = cpu.Target(settings.precision, capacity)
@@ -110,6 +112,7 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
             prompt = checkpoint.prompt()
             preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
             normalization = checkpoint.normalization(settings.task)
+            progress("judging", 0)
             held = dequantized(model, planned.form)
             arrays = {}
             sizes = [(camera.height, camera.width) for camera in cameras]
@@ -129,6 +132,17 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
             contents = _judged(contents, results, probes, settings)
         writer.add(PARITY, _json(contents.gates))
         return writer.commit(contents)
+
+
+def _fits(robot: Robot, head: HeadSpec) -> None:
+    """Refuse a description of another robot than the head was trained for."""
+    sizes = (("action", robot.semantics.action, head.action_dim), ("state", robot.semantics.state, head.state_dim))
+    for side, parts, expected in sizes:
+        if (found := len(b.components(parts))) != expected:
+            raise ValueError(
+                f"the robot description states an {side} of {found} numbers, the checkpoint's head has {expected}: it "
+                "describes another robot. Choose the description that the training data came from (--robot)"
+            )
 
 
 def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:

@@ -9,6 +9,8 @@ Exit codes, for all commands: 0 ok, 1 a check failed or the command could not do
 
 import sys
 from importlib.metadata import entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -95,9 +97,19 @@ def show_error(message: str) -> None:
     _stderr.print(Text.assemble(("error", "red"), " ", message))
 
 
+def _is_source_only(name: str) -> bool:
+    """Whether a module of ours lies here as Cython source without its library, as after a plain update of a checkout."""
+    package, _, module = name.rpartition(".")
+    spec = find_spec(package) if package else None
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / f"{module}.pyx").is_file() for folder in folders or ())
+
+
 def missing_library(error: ModuleNotFoundError) -> str | None:
     """The sentence for a library that an optional extra would bring; None if no extra does: then it is a defect."""
     library = (error.name or "").split(".")[0]
+    if library == "chatvla_edge" and _is_source_only(str(error.name)):
+        return f"the module {error.name} is not compiled yet: run ./dev setup, or install again"
     extras = EXTRAS_OF.get(library)
     if extras is None:
         return None

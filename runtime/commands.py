@@ -49,7 +49,7 @@ def inspect(path: BundlePath, as_json: AsJson = False) -> None:
     geometry, head, target = manifest.geometry, manifest.geometry.head, manifest.target
     experts = geometry.language.experts
     rows = {
-        "variant": manifest.provenance.variant,
+        "policy": manifest.provenance.variant,
         "experts": f"{experts.routed} routed, top-{experts.top_k}, {experts.shared} shared, {experts.static} static",
         "chunk": f"{head.horizon} actions of {head.action_dim} at {manifest.timing.rate_hz:g} Hz, "
         f"first step {manifest.timing.first_step}, state of {head.state_dim}",
@@ -169,10 +169,21 @@ def _picture(path: Path) -> Any:
         return np.load(path, allow_pickle=False)
     from PIL import Image
 
-    return np.asarray(Image.open(path).convert("RGB"))
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a picture or a .npy array [height, width, 3], found: {error}") from None
 
 
 def _numbers(path: Path) -> Any:
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False).astype(np.float32)
-    return np.asarray(json.loads(path.read_text(encoding="utf-8")), np.float32)
+    expected = "expected a .npy array or a JSON list of numbers"
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False).astype(np.float32)
+        value = json.loads(path.read_text(encoding="utf-8"))
+        array = np.asarray(value)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {expected}, found: {error}") from None
+    if not isinstance(value, list) or array.dtype.kind not in "fi":
+        raise ValueError(f"{path}: {expected}, found {str(value)[:80]}")
+    return array.astype(np.float32)

@@ -244,7 +244,10 @@ class _Head:
     def state(self, state: Float) -> Float:
         """[S] in units -> [1, S] normalised."""
         if np.shape(state) != self.mean.shape or not np.isfinite(state).all():
-            raise ValueError(f"the state must be {len(self.mean)} finite numbers, found {np.asarray(state)}")
+            raise ValueError(
+                f"the state must be {len(self.mean)} finite numbers in the order that the bundle states, found "
+                f"{np.size(state)}: {np.asarray(state)}"
+            )
         normalized: Float = ((np.asarray(state, np.float32) - self.mean) / self.std)[None]
         return normalized
 
