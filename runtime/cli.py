@@ -98,7 +98,7 @@ def show_error(message: str) -> None:
 
 
 def _is_source_only(name: str) -> bool:
-    """Whether a module of ours lies here as Cython source without its library, as after a plain update of a checkout."""
+    """Whether a module of ours is here as Cython source without its library, as after updating a checkout."""
     package, _, module = name.rpartition(".")
     spec = find_spec(package) if package else None
     folders = spec.submodule_search_locations if spec is not None else None
