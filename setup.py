@@ -23,15 +23,16 @@ COMPILE_ARGS = ["-O2", "-ffp-contract=off", "-fno-math-errno"]
 def import_names() -> str:
     """A folder that shows Cython, mypy and editors the rooms under their import names.
 
-    `cimport chatvla_edge.runtime.slots` is looked up as a path, and no folder `chatvla_edge` holds the rooms.
+    `cimport chatvla_edge.runtime.slots` is looked up as a path, and no folder `chatvla_edge` holds the rooms. It lies
+    in `build`, which a source distribution leaves out: anywhere else the headers found through it would be packed twice.
     """
-    names = Path(".links")
+    names = Path("build", "import-names")
     package = names / "chatvla_edge"
     package.mkdir(parents=True, exist_ok=True)
     for room in ROOMS:
         link = package / room
         if not link.is_symlink():
-            link.symlink_to(Path("..", "..", room), target_is_directory=True)
+            link.symlink_to(Path("..", "..", "..", room), target_is_directory=True)
     return str(names)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from chatvla_edge.runtime import limits as compiled
 
-SOURCE = Path(__file__).parents[2] / "runtime" / "limits.py"
+SOURCE = Path(compiled.__file__).with_name("limits.py")
 
 
 def interpreted():
