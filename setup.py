@@ -24,7 +24,7 @@ def import_names() -> str:
     """A folder that shows Cython, mypy and editors the rooms under their import names.
 
     `cimport chatvla_edge.runtime.slots` is looked up as a path, and no folder `chatvla_edge` holds the rooms. It lies
-    in `build`, which a source distribution leaves out: anywhere else the headers found through it would be packed twice.
+    in `build`, which a source distribution leaves out: elsewhere the headers found through it would be packed twice.
     """
     names = Path("build", "import-names")
     package = names / "chatvla_edge"
