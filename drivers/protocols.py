@@ -68,7 +68,10 @@ class Camera(Protocol):
     OPTIONS: ClassVar[type[Options]]
 
     def open(self, height: int, width: int, rate: float) -> None:
-        """Start the stream, at most 10 s. Raises MissingLibraryError, DeviceNotFoundError, DeviceUnsuitableError, DeviceLostError."""
+        """Start the stream, at most 10 s.
+
+        Raises MissingLibraryError, DeviceNotFoundError, DeviceUnsuitableError, DeviceLostError.
+        """
 
     def read(self, timeout: float) -> Frame:
         """The newest frame that was not handed out before, waited for at most `timeout` s.
@@ -165,7 +168,7 @@ class Arm(Protocol):
         """The newest state, within half a period. Raises DeviceLostError."""
 
     def command(self, position: npt.NDArray[np.float64]) -> None:
-        """Send `[axes]` positions; the array is reused, so copy what must last. Within a period. Raises DeviceLostError.
+        """Send `[axes]` positions within a period; the array is reused, so copy what must last. Raises DeviceLostError.
 
         The first one after `open` or `stop` takes the motors under control where they are: it lies within the rig's
         reach of the measured position, which the caller sees to.
