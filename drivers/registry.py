@@ -20,8 +20,13 @@ _ROOM = "chatvla_edge.drivers"
 
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
-    "cameras": {},
-    "arms": {},
+    "cameras": {
+        "sim_camera": "sim.camera:SimCamera",
+    },
+    "arms": {
+        "sim_arm": "sim.arm:SimArm",
+        "sim_gripper": "sim.arm:SimGripper",
+    },
     "enable": {},
 }
 
