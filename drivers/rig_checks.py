@@ -35,9 +35,6 @@ def bounds_of(driver: Any) -> AxisBounds | None:
 
 def problems(rig: "Rig", drivers: Mapping[str, Any]) -> Iterator[Problem]:
     """Everything that does not fit together. ``drivers``: the arms' drivers, not opened; those that could be made."""
-    for name in rig.cameras:
-        if name in rig.arms:
-            yield Problem(("arms", name), "is the name of a camera, too; streams and logs need names of their own")
     for name, camera in rig.cameras.items():
         yield from _camera(("cameras", name), camera)
     for name, arm in rig.arms.items():

@@ -16,11 +16,16 @@ ON_RATE = 0.9  # of its rate
 class Stream:
     """One stream. ``rate`` per second, ``max_age`` s; ``required``: whether motion depends on it."""
 
-    name: str
-    kind: Literal["camera", "arm"]
+    role: Literal["cameras", "arms"]
+    device: str
     rate: float
     max_age: float
     required: bool
+
+    @property
+    def name(self) -> str:
+        """The device's place in the rig file: a camera may be called as an arm is."""
+        return f"{self.role}.{self.device}"
 
     def alive(self, silent: float) -> bool:
         """Whether something came at all lately; ``silent``: seconds since anything did."""
@@ -36,7 +41,7 @@ class Stream:
 
 
 def streams(rig: Rig) -> dict[str, Stream]:
-    """Every stream of a rig, cameras first; names are the rig's own."""
-    cameras = (Stream(name, "camera", one.rate, one.max_age, one.required) for name, one in rig.cameras.items())
-    arms = (Stream(name, "arm", one.rate, one.max_age, True) for name, one in rig.arms.items())
+    """Every stream of a rig by name, `cameras.top`, cameras first."""
+    cameras = (Stream("cameras", name, one.rate, one.max_age, one.required) for name, one in rig.cameras.items())
+    arms = (Stream("arms", name, one.rate, one.max_age, True) for name, one in rig.arms.items())
     return {stream.name: stream for stream in (*cameras, *arms)}

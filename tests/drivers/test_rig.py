@@ -127,7 +127,6 @@ WRONG = {
     "a native size that is none": (
         "{height: 720, width: 1280", "{height: 270, width: 480", "cameras.right.native", "leave it out"
     ),
-    "a camera named as an arm": ("  right:", "  franka:", "arms.franka", "is the name of a camera, too"),
     "a servo that shares its core": (
         "servo:", "cores: {servo: [2, 3], policy: [3, 4]}\nservo:", "cores.servo", "shares CPU 3"
     ),
