@@ -20,7 +20,9 @@ _ROOM = "chatvla_edge.drivers"
 
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
-    "cameras": {},
+    "cameras": {
+        "realsense": "cameras.realsense:RealSense",
+    },
     "arms": {},
     "enable": {},
 }
