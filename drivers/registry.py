@@ -23,6 +23,7 @@ _ROOM = "chatvla_edge.drivers"
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
+        "realsense": "cameras.realsense:RealSense",
         "sim_camera": "sim.camera:SimCamera",
     },
     "arms": {
