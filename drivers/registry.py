@@ -21,7 +21,9 @@ _ROOM = "chatvla_edge.drivers"
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {},
-    "arms": {},
+    "arms": {
+        "arx5": "arms.arx5:Arx5",
+    },
     "enable": {},
 }
 
