@@ -27,6 +27,7 @@ OURS: dict[Role, dict[str, str]] = {
         "sim_camera": "sim.camera:SimCamera",
     },
     "arms": {
+        "arx5": "arms.arx5:Arx5",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
