@@ -19,7 +19,7 @@ from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
+from chatvla_edge.export.probes import INSTRUCTION, dequantized, observation, probe_file, reference, scenes
 from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec
@@ -29,7 +29,7 @@ from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, read_probe
+from chatvla_edge.runtime.gates import judge, meaning, read_probe
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -118,8 +118,9 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
             sizes = [(camera.height, camera.width) for camera in cameras]
             for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
                 common = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
+                named = {camera.name: steps for camera, steps in zip(cameras, preprocessing, strict=True)}
                 data = probe_file(
-                    scene,
+                    observation(checkpoint.spec, named, prompt, normalization, scene),
                     {
                         "lowering_parity": reference(held, *common),
                         "quantization_error": reference(model, *common),
@@ -148,7 +149,9 @@ def _fits(robot: Robot, head: HeadSpec) -> None:
 def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
-        lines = "; ".join(f"{result.name}: {result.value} (limit {result.limit})" for result in failed)
+        lines = "; ".join(
+            f"{result.name}: {result.value} (limit {result.limit}), {meaning(result)}" for result in failed
+        )
         raise GateError(
             f"the engines do not compute what the checkpoint computes: {lines}. Nothing was written. Choose a higher "
             "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
@@ -293,7 +296,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Co
         documents=(),
         gates=b.Gates(results=(), allowed_failed_gates=()),
         provenance=b.Provenance(
-            checkpoint_sha256=_identity(checkpoint),
+            checkpoint_sha256=identity(checkpoint),
             checkpoint_name=checkpoint.path.name,
             variant=spec.variant,
             tools={
@@ -321,7 +324,7 @@ def _numbers(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:3])
 
 
-def _identity(checkpoint: Checkpoint) -> str:
+def identity(checkpoint: Checkpoint) -> str:
     """SHA-256 over names, shapes, dtypes and 4096 values of every tensor: the checkpoint without reading all of it."""
     digest = hashlib.sha256()
     for name, entry in checkpoint.entries.items():
