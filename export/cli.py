@@ -246,7 +246,13 @@ def export(
         str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
     ],
     target: Annotated[str, typer.Option(help="cpu (the others are not built yet).")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, int8 (block-wise) or int4 (blocks of 128).")] = "int8",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; int8 or int4 (blocks of 128, with or without outliers); int8-row or int4-row (one scale per "
+            "row: integer products, several times faster for many rows; see docs/decisions.md)."
+        ),
+    ] = "int8",
     base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
     task: Annotated[str | None, typer.Option(help="Task, where the statistics hold several.")] = None,
     max_reasoning: Annotated[int, typer.Option(help="Longest reasoning, in tokens.", min=1)] = 256,

@@ -20,7 +20,7 @@ from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
 from chatvla_edge.export.probes import INSTRUCTION, dequantized, observation, probe_file, reference, scenes
-from chatvla_edge.export.quantize import BlockFormat
+from chatvla_edge.export.quantize import Precision
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec
 from chatvla_edge.export.stages.denoise import condition, denoise
@@ -70,7 +70,7 @@ class Plan:
 
     graphs: tuple[Graph, ...]
     capacity: int
-    form: BlockFormat | None
+    form: Precision
 
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:

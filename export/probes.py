@@ -21,7 +21,7 @@ from chatvla_edge.export.model.images import Preprocessing, patches
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
-from chatvla_edge.export.quantize import BlockFormat, dequantize, is_quantized, quantize
+from chatvla_edge.export.quantize import BlockFormat, Precision, dequantize, quantize
 from chatvla_edge.export.spec import PolicySpec
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -67,26 +67,31 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> NDArray[np.ui
     return np.clip(fine, 0, 255).astype(np.uint8)
 
 
-def dequantized(model: ChatVLA2, form: BlockFormat | None) -> ChatVLA2:
-    """The model over the weights that a bundle of this form holds; None gives the model itself."""
-    if form is None:
+def dequantized(model: ChatVLA2, precision: Precision) -> ChatVLA2:
+    """The model over the weights that a bundle of this precision holds; fp32 gives the model itself."""
+    if precision.maps is None and precision.experts is None:
         return model
     tensors: dict[str, Tensor] = {}
     for name, value in model.named_parameters():
         tensors[name] = value.detach()
-        if value.dim() == 2 and is_quantized(name, tuple(value.shape)) and not _NO_MAP.fullmatch(name):
+        form = precision.form(name, tuple(value.shape)) if value.dim() == 2 and not _NO_MAP.fullmatch(name) else None
+        if form is not None:
             tensors[name] = _rounded(value, form)
     # The engine sums the two temporal halves of the patch convolution first and rounds the sum.
     name = "backbone.visual.patch_embed.proj.weight"
     folded = tensors[name].sum(dim=2)
-    if is_quantized(name, (folded.shape[0], folded[0].numel())):
+    form = precision.form(name, (folded.shape[0], folded[0].numel()))
+    if form is not None:
         half = _rounded(folded.flatten(1), form).view_as(folded) / 2
         tensors[name] = torch.stack([half, half], dim=2)
     # The output matrix is rounded, the embedding rows it is tied to are not: two matrices from here on.
-    if model.spec.language.tied:
-        tensors["backbone.lm_head.weight"] = _rounded(model.backbone.language.embed_tokens.weight.detach(), form)
-    language = model.spec.language.model_copy(update={"tied": False})
-    return ChatVLA2.from_tensors(model.spec.model_copy(update={"language": language}), tensors)
+    output = model.backbone.language.embed_tokens.weight.detach()
+    form = precision.form("backbone.lm_head.weight", tuple(output.shape))
+    if model.spec.language.tied and form is not None:
+        tensors["backbone.lm_head.weight"] = _rounded(output, form)
+        language = model.spec.language.model_copy(update={"tied": False})
+        return ChatVLA2.from_tensors(model.spec.model_copy(update={"language": language}), tensors)
+    return ChatVLA2.from_tensors(model.spec, tensors)
 
 
 def _rounded(weight: Tensor, form: BlockFormat) -> Tensor:

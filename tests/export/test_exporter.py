@@ -36,7 +36,7 @@ def settings(precision, **changes):
     return Settings(target="cpu", precision=precision, robot=ROBOT, max_reasoning=16, probes=1, **changes)
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "int8-row", "int4"])
 def bundle(request, checkpoint, tmp_path_factory):
     destination = tmp_path_factory.mktemp(request.param) / "bundle"
     return export(checkpoint, destination, settings(request.param), lambda _name, _count: None)
