@@ -11,7 +11,7 @@ from typing import Any
 
 from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint, open_checkpoint
-from chatvla_edge.export.exporter import identity
+from chatvla_edge.export.identity import checkpoint_digest
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model.images import Preprocessing
 from chatvla_edge.export.probes import dequantized, observation, probe_file, reference, scenes
@@ -68,7 +68,7 @@ def against_checkpoint(
 
 def _refuse_other(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """Raise where the bundle came from another checkpoint: other weights, or other sizes."""
-    manifest, found = bundle.manifest, identity(checkpoint)
+    manifest, found = bundle.manifest, checkpoint_digest(checkpoint)
     stated = manifest.provenance
     if found != stated.checkpoint_sha256:
         raise ValueError(
