@@ -131,7 +131,7 @@ def _write(
 ) -> b.Bundle:
     stamp = identity.stamp(checkpoint)
     digest = identity.checkpoint_digest(checkpoint, partial(progress, READING))
-    common = {
+    common: dict[str, object] = {
         "checkpoint": digest,
         "spec": checkpoint.spec.model_dump(mode="json"),
         "robot": settings.robot.model_dump(mode="json"),

@@ -68,7 +68,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = LOG_ERRORS
         for name, value in QUIET.items():
             options.add_session_config_entry(name, value)
-        # Without VNNI, kernels for unsigned by signed bytes saturate at 16 bits; this takes others there, and only there.
+        # Without VNNI, kernels for unsigned by signed bytes saturate at 16 bits; there, and only there, this takes
+        # others.
         options.add_session_config_entry("session.x64quantprecision", "1")
         if threads.affinity is not None:
             options.add_session_config_entry(AFFINITIES, threads.affinity)
