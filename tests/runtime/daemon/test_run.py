@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from support.daemon_rig import COMMAND, DaemonRig, raise_estop
+from support.daemon_rig import COMMAND, DaemonRig, on_a_machine_that_runs, raise_estop
 
 pytestmark = pytest.mark.slow
 
 
+@on_a_machine_that_runs
 def test_a_run_from_arm_to_end(tmp_path, bundle):
     with DaemonRig(tmp_path, bundle) as rig:
         rig.until_mode("READY", at_most=60)
@@ -63,6 +64,7 @@ def test_a_run_from_arm_to_end(tmp_path, bundle):
     assert texts[-1]["text"] == "something else"
 
 
+@on_a_machine_that_runs
 def test_the_emergency_stop_acts_past_a_supervisor_that_hangs(tmp_path, bundle):
     with DaemonRig(tmp_path, bundle) as rig:
         rig.until_mode("READY", at_most=60)
@@ -82,6 +84,7 @@ def test_the_emergency_stop_acts_past_a_supervisor_that_hangs(tmp_path, bundle):
     assert rig.violations() == {}
 
 
+@on_a_machine_that_runs
 def test_a_dry_run_moves_nothing_and_says_so(tmp_path, bundle):
     with DaemonRig(tmp_path, bundle, "--dry-run") as rig:
         rig.until_mode("READY", at_most=60)
@@ -93,6 +96,7 @@ def test_a_dry_run_moves_nothing_and_says_so(tmp_path, bundle):
         assert rig.status["kind"] == "dry"
 
 
+@on_a_machine_that_runs
 def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path, bundle):
     with DaemonRig(tmp_path, bundle) as rig:
         rig.until_mode("READY", at_most=60)
@@ -103,6 +107,7 @@ def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path, bundle):
         assert rig.mode == "READY"
 
 
+@on_a_machine_that_runs
 def test_a_rig_whose_device_is_not_there_says_which_and_why(tmp_path, bundle):
     rig = DaemonRig(tmp_path, bundle)
     rig.fault("left", "unplugged")
@@ -115,6 +120,7 @@ def test_a_rig_whose_device_is_not_there_says_which_and_why(tmp_path, bundle):
         rig.__exit__()
 
 
+@on_a_machine_that_runs
 def test_the_summary_is_one_file_of_json(tmp_path, bundle):
     with DaemonRig(tmp_path, bundle, "--duration", "2", "--json") as rig:
         assert rig.process.wait(40) == 0
