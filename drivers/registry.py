@@ -23,9 +23,11 @@ _ROOM = "chatvla_edge.drivers"
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
+        "realsense": "cameras.realsense:RealSense",
         "sim_camera": "sim.camera:SimCamera",
     },
     "arms": {
+        "arx5": "arms.arx5:Arx5",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
