@@ -31,7 +31,12 @@ OURS: dict[Role, dict[str, str]] = {
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
-    "enable": {},
+    "enable": {
+        "gpio": "enable.gpio:Gpio",
+        "hid": "enable.hid:Hid",
+        "serial_loop": "enable.serial_loop:SerialLoop",
+        "sim_switch": "sim.switch:SimSwitch",
+    },
 }
 
 
