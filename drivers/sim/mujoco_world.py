@@ -26,11 +26,21 @@ Array = npt.NDArray[np.float64]
 START: dict[str, tuple[float, ...]] = {"fr3": (0.0, -0.6283, 0.0, -2.5133, 0.0, 1.885, 0.0)}
 
 
+_refused: list[str] = []  # why mujoco could not be imported with a renderer, for the message of who wants to draw
+
+
 def _mujoco() -> Any:
-    """The library. Raises ModuleNotFoundError."""
+    """The library, without a renderer where none can be loaded. Raises ModuleNotFoundError."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported; a software renderer serves it, too
-    return import_module("mujoco")
+    try:
+        return import_module("mujoco")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  # PyOpenGL raises whatever it likes when its library is missing
+        _refused.append(f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {type(error).__name__}: {error}")
+        os.environ["MUJOCO_GL"] = "disable"
+        return import_module("mujoco")
 
 
 class MujocoWorld:
@@ -138,23 +148,24 @@ class MujocoArtist:
         return image
 
     def _make(self, height: int, width: int) -> Any:
+        if _refused:
+            raise self._unable(_refused[0])
         windowed = any(name.startswith("mujoco.") and name.endswith("glfw") for name in sys.modules)
         if windowed and not os.environ.get("DISPLAY"):  # would end in a segmentation fault
-            raise DeviceUnsuitableError(
-                "the MuJoCo world cannot draw here: mujoco was imported for windows, and there is no display. "
-                "Set MUJOCO_GL=egl before the process starts"
-            )
+            raise self._unable("mujoco was imported for windows, and there is no display; set MUJOCO_GL=egl before")
         try:
             return self._mujoco.Renderer(self._model, height, width)
-        except ValueError as error:
+        except ValueError as error:  # larger than the model's buffer
             raise DeviceUnsuitableError(f"the MuJoCo world cannot draw {width}x{height}: {error}") from error
-        except Exception as error:  # PyOpenGL and the context classes raise whatever they like
+        except Exception as error:
             way = os.environ.get("MUJOCO_GL", "glfw")
-            raise DeviceUnsuitableError(
-                f"the MuJoCo world cannot draw here with MUJOCO_GL={way}: {type(error).__name__}: {error}. "
-                "apt-get install libegl1 libgl1-mesa-dri, or libosmesa6 and MUJOCO_GL=osmesa, or take another camera "
-                "driver (`sim_camera`) for this rig: the arms need no pictures"
-            ) from error
+            raise self._unable(f"MUJOCO_GL={way}: {type(error).__name__}: {error}") from error
+
+    def _unable(self, why: str) -> DeviceUnsuitableError:
+        return DeviceUnsuitableError(
+            f"the MuJoCo world cannot draw here: {why}. apt-get install libegl1 libgl1-mesa-dri, or libosmesa6 and "
+            "MUJOCO_GL=osmesa, or take `sim_camera` for the camera of this rig: its arms need no pictures"
+        )
 
 
 class MujocoArmOptions(WorldArmOptions):

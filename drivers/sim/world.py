@@ -370,6 +370,7 @@ class _Server:
 
 def main() -> None:
     """``python -m chatvla_edge.drivers.sim.world`` with a WorldSpec as JSON on standard input; returns once it runs."""
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is drawn here, so no renderer has to be there
     spec = WorldSpec.model_validate_json(sys.stdin.read())
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:

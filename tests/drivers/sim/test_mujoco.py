@@ -1,8 +1,11 @@
 """The MuJoCo rigs: chains as published, arms that follow and hold, fingers that grasp, pictures of the present."""
 
 import os
+import subprocess
+import sys
 import time
 import uuid
+from ctypes.util import find_library
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -133,15 +136,23 @@ def renderer():
         pytest.skip(f"nothing can be rendered here: {error}")
 
 
-def test_where_nothing_can_be_rendered_it_says_what_to_install(monkeypatch):
-    artist = MujocoArtist("franka_robotiq")
-
-    def broken(*_):
-        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
-
-    monkeypatch.setattr(artist._mujoco, "Renderer", broken)
-    with pytest.raises(DeviceUnsuitableError, match="apt-get install libegl1 libgl1-mesa-dri"):
-        artist.draw(MujocoWorld("franka_robotiq").scene(), 270, 480)
+def test_where_nothing_can_be_rendered_physics_runs_and_drawing_says_what_to_install():
+    code = (
+        "from chatvla_edge.drivers.errors import DeviceUnsuitableError\n"
+        "from chatvla_edge.drivers.sim.mujoco_world import MujocoArtist, MujocoWorld\n"
+        "world = MujocoWorld('franka_robotiq')\n"
+        "world.step(world.position())\n"
+        "try:\n"
+        "    MujocoArtist('franka_robotiq').draw(world.scene(), 270, 480)\n"
+        "except DeviceUnsuitableError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa", "LD_LIBRARY_PATH": ""}
+    if find_library("OSMesa"):
+        pytest.skip("OSMesa is installed here")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "cannot draw here: MUJOCO_GL=osmesa" in said.stdout
+    assert "apt-get install libegl1 libgl1-mesa-dri" in said.stdout
 
 
 @pytest.mark.usefixtures("renderer")
