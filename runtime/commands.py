@@ -15,6 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from chatvla_edge.runtime.daemon.commands import app as daemon
+
 if TYPE_CHECKING:
     from chatvla_edge.runtime.bundle import Bundle, GateResult
     from chatvla_edge.runtime.gates import Part
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     Comparison = Callable[..., tuple[list[GateResult], list[Part] | None]]
 
 app = typer.Typer()
+app.add_typer(daemon)
 console = Console()
 
 BundlePath = Annotated[Path, typer.Argument(help="Bundle directory.", exists=True, file_okay=False)]

@@ -1,5 +1,6 @@
 """What the process of an arm or gripper starts with: a driver of the registry."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ class Untouched:
         self.arm.open(rate)
 
     def state(self) -> ArmState:
-        """The arm's."""
-        return self.arm.state()
+        """The arm's; where it heads for is none of ours."""
+        return replace(self.arm.state(), target=None)
 
     def command(self, position: NDArray[np.float64]) -> None:
         """Not sent."""

@@ -17,7 +17,6 @@ import json
 import os
 import struct
 import time
-import zlib
 from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -211,8 +210,8 @@ def _records(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         try:
             # A record larger than a chunk can be is damage, and would be a gigabyte of it.
-            yield from StreamReader(file, record_size_limit=2**28).records
-        except (McapError, EOFError, struct.error, zlib.error, RuntimeError):
+            yield from StreamReader(file, validate_crcs=True, record_size_limit=2**28).records
+        except (McapError, EOFError, ValueError, KeyError, struct.error, RuntimeError, OverflowError, MemoryError):
             return
 
 
@@ -233,13 +232,17 @@ def messages(session: Path, topics: Container[str] | None = None) -> Iterator[Me
         channels: dict[int, records.Channel] = {}
         for record in _records(path):
             if isinstance(record, records.Metadata) and record.name == "session":
-                offset = int(record.metadata["clock_offset_ns"])
+                try:
+                    offset = int(record.metadata["clock_offset_ns"])
+                except (KeyError, ValueError):
+                    break  # damage: without it no message has a time
             elif isinstance(record, records.Schema):
                 schemas[record.id] = record.data
             elif isinstance(record, records.Channel):
                 channels[record.id] = record
             elif isinstance(record, records.Message):
-                channel = channels[record.channel_id]
+                if (channel := channels.get(record.channel_id)) is None:
+                    break
                 if topics is None or channel.topic in topics:
                     schema = schemas.get(channel.schema_id, b"")
                     at = record.log_time - offset

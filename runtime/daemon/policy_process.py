@@ -7,7 +7,6 @@ an arm.
 import base64
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from chatvla_edge.runtime.daemon.observing import Seen, StateHistory, Trajectory
 from chatvla_edge.runtime.daemon.records import POLICY, REPORT_BYTES, REPORTS, TEXT_BYTES, packed, unpacked
 from chatvla_edge.runtime.engines.onnxruntime import Threads
 from chatvla_edge.runtime.mailbox import ChunkMailbox, PrefixSlot
-from chatvla_edge.runtime.policy import Answer, Committed, Policy
+from chatvla_edge.runtime.policy import Answer, Committed, Policy, ReasoningSettings
 from chatvla_edge.runtime.realtime import now_ns
 from chatvla_edge.runtime.servo_records import STATE, STATUS, telemetry
 from chatvla_edge.runtime.slots import Ring, Slot, SlotBusyError
@@ -82,8 +81,14 @@ class PolicyLoop:
         self.rig = Rig.model_validate(settings["rig"])
         path = Path(settings["bundle"])
         with open_bundle(path) as bundle:
-            threads = Threads(settings["threads"], settings["affinity"])
-            self.policy = Policy(path, bundle.manifest, threads)
+            cpus = self.rig.cores.policy
+            threads = Threads.on(cpus) if cpus else Threads(settings["threads"])
+            threads.pin()
+            asked = self.rig.policy
+            reasoning = ReasoningSettings(
+                asked.every_n_queries if asked.every_n_queries > 1 else None, asked.reasoning_max_age
+            )
+            self.policy = Policy(path, bundle.manifest, threads, reasoning)
         manifest = self.manifest = self.policy.manifest
         plan = mapping.servo_plan(self.rig, manifest)
         self.sync = plan.fusion.mode == "sync"
@@ -197,6 +202,7 @@ class PolicyLoop:
             self.policy.noise(number),
             draft=self.draft,
             committed=self.committed(seen.tau),
+            observed_ns=seen.state_ns,
         )
 
     def turn(self, instruction: str) -> None:
@@ -250,6 +256,7 @@ class PolicyLoop:
                 "passes": answer.passes,
                 "accepted": answer.accepted,
                 "tokens": len(answer.token_ids),
+                "reasoning_age": [answer.reasoning_age_queries, answer.reasoning_age_s],
                 "seconds": {stage: round(seconds, 6) for stage, seconds in answer.seconds.items()},
                 "frames": {name: asdict(frame) for name, frame in seen.frames.items()},
                 "state": [float(number) for number in seen.state],
@@ -318,12 +325,10 @@ class PolicyLoop:
 def main() -> None:
     """``python -m chatvla_edge.runtime.daemon.policy_process`` with one JSON spec on standard input.
 
-    The spec: ``rig`` (its JSON), ``bundle`` (path), ``wires``, ``threads``, ``affinity``, ``cpus``, ``parent``.
+    The spec: ``rig`` (its JSON, whose cores count more than ``threads``), ``bundle`` (path), ``wires``, ``threads``.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s policy %(message)s")
     settings = json.load(sys.stdin)
-    if settings["cpus"]:
-        os.sched_setaffinity(0, set(settings["cpus"]))
     loop = PolicyLoop(settings)
 
     def leave(*_: object) -> None:

@@ -206,15 +206,13 @@ class Supervisor:
         )
 
     def _begin_policy(self, log: IO[bytes]) -> Process:
-        settings, cores = self.settings, self.rig.cores
+        settings = self.settings
         wires = self.segments.policy_wires
         spec = {
             "rig": self.rig.model_dump(mode="json", by_alias=True),
             "bundle": str(settings.bundle.resolve()),
             "wires": asdict(wires),
             "threads": settings.threads,
-            "affinity": None,
-            "cpus": list(cores.policy),
         }
         return spawn(POLICY_MODULE, spec, wires.fds, log)
 

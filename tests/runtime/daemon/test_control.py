@@ -47,7 +47,7 @@ def test_requests_are_answered_in_order(served):
 
 
 def test_nobody_else_may_connect(served):
-    assert stat.S_IMODE(os.stat(served).st_mode) == 0o600
+    assert stat.S_IMODE(served.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("line", [b"no json\n", b"[1]\n", b"\xff\xfe\n", b'"text"\n', b"\n"])
@@ -64,8 +64,7 @@ def test_what_is_no_object_gets_an_error_and_the_connection_goes_on(served, line
 def test_a_line_without_end_costs_its_client_the_connection_and_nobody_else_theirs(served):
     with raw(served) as connection, Client(served) as other:
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(100):
-                connection.sendall(b"x" * MOST_BYTES)
+            connection.sendall(b"x" * (100 * MOST_BYTES))
         assert other.ask({"act": "status"})["ok"]
 
 
@@ -109,7 +108,7 @@ def test_no_daemon_is_said_with_the_path(tmp_path):
         control.ask(tmp_path / "gone.sock", {"act": "status"})
 
 
-# ---------------------------------------------------------------------------------------------------------------- places
+# ----------------------------------------------------------------------------------------------------------- places
 
 
 def test_a_run_is_found_by_its_rig_while_its_supervisor_lives(tmp_path, monkeypatch):
