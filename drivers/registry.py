@@ -24,14 +24,21 @@ _ROOM = "chatvla_edge.drivers"
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
+        "mujoco": "sim.mujoco_world:MujocoCamera",
         "sim_camera": "sim.camera:SimCamera",
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
+        "mujoco": "sim.mujoco_world:MujocoArm",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
-    "enable": {},
+    "enable": {
+        "gpio": "enable.gpio:Gpio",
+        "hid": "enable.hid:Hid",
+        "serial_loop": "enable.serial_loop:SerialLoop",
+        "sim_switch": "sim.switch:SimSwitch",
+    },
 }
 
 
