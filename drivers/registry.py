@@ -22,6 +22,7 @@ _ROOM = "chatvla_edge.drivers"
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
+        "uvc": "cameras.uvc:Uvc",
     },
     "arms": {},
     "enable": {},
