@@ -22,7 +22,10 @@ _ROOM = "chatvla_edge.drivers"
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
+        "recording": "cameras.recording:Recording",
         "uvc": "cameras.uvc:Uvc",
+        "zed": "cameras.zed:Zed",
+        "zed_uvc": "cameras.zed:ZedUvc",
     },
     "arms": {},
     "enable": {},

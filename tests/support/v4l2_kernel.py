@@ -10,9 +10,17 @@ import mmap
 import os
 import time
 
+import numpy as np
+
 from chatvla_edge.drivers.cameras import v4l2
 
-PERIOD = 1 / 30
+
+def padded(packed):
+    """YUYV `[H, W, 2]` as the camera below lays it: each line with 32 bytes behind it."""
+    height, width, _ = packed.shape
+    lines = np.zeros((height, 2 * width + 32), np.uint8)
+    lines[:, : 2 * width] = packed.reshape(height, -1)
+    return lines.tobytes()
 
 
 class KernelCamera:

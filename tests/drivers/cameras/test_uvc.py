@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from support.v4l2_kernel import KernelCamera
+from support.v4l2_kernel import KernelCamera, padded
 
 from chatvla_edge.drivers import registry
 from chatvla_edge.drivers.cameras import uvc, v4l2, yuyv
@@ -127,9 +127,7 @@ def test_a_source_that_is_too_short_is_refused(nbytes, line, column, shape):
 def picture(seed, height=240, width=320):
     """Padded YUYV bytes, and the RGB that they are."""
     packed = np.random.default_rng(seed).integers(0, 256, (height, width, 2), np.uint8)
-    padded = np.zeros((height, 2 * width + 32), np.uint8)
-    padded[:, : 2 * width] = packed.reshape(height, -1)
-    return padded.tobytes(), cv2.cvtColor(packed, cv2.COLOR_YUV2RGB_YUY2)
+    return padded(packed), cv2.cvtColor(packed, cv2.COLOR_YUV2RGB_YUY2)
 
 
 class OnKernel(Uvc):
