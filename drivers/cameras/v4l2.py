@@ -232,7 +232,7 @@ class Node:
 
     def ioctl(self, number: int, argument: ctypes.Structure | ctypes.c_int) -> None:
         """One request; the structure is filled in."""
-        fcntl.ioctl(self._fd, number, argument)  # type: ignore[arg-type]  # ctypes objects are buffers
+        fcntl.ioctl(self._fd, number, argument)
 
     def map(self, length: int, offset: int) -> mmap.mmap:
         """A buffer of the driver's."""

@@ -23,12 +23,12 @@ from chatvla_edge.drivers.errors import (
 pytest.importorskip("libusb_package", reason="the extra `realsense` is not installed")
 
 H, W = 120, 320
-FRAMES = 60
+FRAMES = 30
 
 
 @pytest.fixture(scope="module")
 def tape(tmp_path_factory):
-    """Two seconds at 30 Hz in which number 21 is missing."""
+    """One second at 30 Hz."""
     path = tmp_path_factory.mktemp("tape") / f"tape{suffix()}"
     record(path, FRAMES, H, W)
     return path
@@ -85,7 +85,7 @@ def test_captures_follow_the_recorded_stamps_and_never_lie_in_the_future(tape):
 
 def test_a_recording_that_is_played_again_counts_on(tape):
     camera = opened(file=str(tape), loop=True)
-    seen, last_words = everything(camera, 5.0)
+    seen, last_words = everything(camera, 2.7)
     health = camera.health()
     camera.close()
     assert last_words == ""
@@ -177,7 +177,7 @@ def test_the_live_path_delivers_soon_and_once():
     driver.open(H, W, 30)
     with Feed(camera, hardware) as feed:
         frames = []
-        for _ in range(60):
+        for _ in range(30):
             frame = driver.read(2.0)
             assert stamp(frame.image) == frame.sequence
             frames.append(frame)
@@ -244,10 +244,10 @@ def test_a_domain_that_changes_is_counted_and_no_capture_leaves_the_present():
     driver.open(H, W, 30)
 
     def stamps(k):
-        return hardware(k) if (k // 20) % 2 == 0 else (time.time_ns() / 1e6, "global_time")
+        return hardware(k) if (k // 10) % 2 == 0 else (time.time_ns() / 1e6, "global_time")
 
     with Feed(camera, stamps):
-        frames = read_live(driver, 70)
+        frames = read_live(driver, 35)
         driver.close()
     assert driver.health().clock_steps >= 3
     assert all(0 <= frame.received_ns - frame.captured_ns < 1e9 for frame in frames)
