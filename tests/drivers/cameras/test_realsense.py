@@ -219,13 +219,15 @@ def test_wall_stamps_become_host_time_with_the_whole_delay():
     camera = SoftwareCamera(H, W, 30)
     driver = Live(camera)
     driver.open(H, W, 30)
+    errors = []
     for number in range(1, 20):
         exposed = time.monotonic_ns() - 40_000_000
         camera.push(number, (time.time_ns() - 40_000_000) / 1e6, domain="global_time")
         frame = driver.read(1.0)
-        assert abs(frame.captured_ns - exposed) < 5_000_000
+        errors.append(abs(frame.captured_ns - exposed))
         assert frame.clock == "device"
     driver.close()
+    assert np.median(errors) < 1_000_000
 
 
 def test_stamps_of_arrival_are_said_to_be_so():
