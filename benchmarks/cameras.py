@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def conversion(report: Report, seconds: float) -> None:
     """YUYV to RGB, ours and OpenCV's on one thread."""
     packed = np.random.default_rng(0).integers(0, 256, (H, W, 2), np.uint8)
     target = np.empty((H, W, 3), np.uint8)
-    work = {"YUYV to RGB, ours": lambda: yuyv.to_rgb(packed, 2 * W, 0, target)}
+    work: dict[str, Callable[[], Any]] = {"YUYV to RGB, ours": lambda: yuyv.to_rgb(packed, 2 * W, 0, target)}
     try:
         import cv2
     except ModuleNotFoundError:

@@ -75,7 +75,7 @@ def _camera_of(rig_name: str, name: str) -> "rig.Camera":
 def _look(name: str, description: "rig.Camera") -> "Image":
     """A picture after the exposure has settled."""
     with _opened(name, description) as device:
-        picture = None
+        picture: Image | None = None
         for frame in _frames(device, SETTLE):
             picture = frame.image.copy()
         assert picture is not None
