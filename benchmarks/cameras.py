@@ -24,7 +24,7 @@ from chatvla_edge.benchmarks import script
 from chatvla_edge.benchmarks.method import compare
 from chatvla_edge.benchmarks.report import Report
 from chatvla_edge.benchmarks.samples import Samples
-from chatvla_edge.drivers.cameras import yuyv
+from chatvla_edge.drivers.cameras import pixels
 from chatvla_edge.drivers.cameras.realsense import RealSense, RealSenseOptions
 from chatvla_edge.drivers.cameras.realsense_standin import SoftwareCamera, record, stamp, stamped, suffix
 from chatvla_edge.runtime.camera_frames import CameraSegments
@@ -180,7 +180,7 @@ def conversion(report: Report, seconds: float) -> None:
     """YUYV to RGB, ours and OpenCV's on one thread."""
     packed = np.random.default_rng(0).integers(0, 256, (H, W, 2), np.uint8)
     target = np.empty((H, W, 3), np.uint8)
-    work: dict[str, Callable[[], Any]] = {"YUYV to RGB, ours": lambda: yuyv.to_rgb(packed, 2 * W, 0, target)}
+    work: dict[str, Callable[[], Any]] = {"YUYV to RGB, ours": lambda: pixels.yuyv_to_rgb(packed, 2 * W, 0, target)}
     try:
         import cv2
     except ModuleNotFoundError:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from chatvla_edge.drivers.cameras import v4l2, yuyv
+from chatvla_edge.drivers.cameras import pixels, v4l2
 from chatvla_edge.drivers.errors import (
     DeviceLostError,
     DeviceNotFoundError,
@@ -318,7 +318,7 @@ class Uvc:
             line = self._format.bytesperline or 2 * self._format.width
             if buffer.bytesused < line * self._format.height:
                 return False
-            yuyv.to_rgb(memory, line, self._column, self._image)
+            pixels.yuyv_to_rgb(memory, line, self._column, self._image)
             return True
         return self._decode(memoryview(memory)[: buffer.bytesused])
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from chatvla_edge.drivers.cameras import pixels
 from chatvla_edge.drivers.cameras.clock import DeviceClock, WallClock
 from chatvla_edge.drivers.cameras.uvc import Uvc, UvcOptions
 from chatvla_edge.drivers.errors import (
@@ -263,7 +264,7 @@ class Zed:
         answer = self._camera.retrieve_image(self._mat, self._view, self._sl.MEM.CPU)
         if answer.value > codes.SUCCESS.value:
             raise DeviceLostError(f"the ZED does not give its picture: {answer.name}")
-        np.copyto(self._image, self._mat.get_data()[:, :, 2::-1])  # BGRA
+        pixels.bgra_to_rgb(self._mat.get_data(), self._image)
         number = self._number()
         if self._last is not None and number <= self._last:
             self._repeated += 1

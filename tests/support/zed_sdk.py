@@ -68,6 +68,7 @@ class Camera:
 
     def grab(self):
         time.sleep(0.001)
+        self.stamp = time.time_ns() - self.stamp_delay_ns
         if self.parameters.svo is not None:
             if self.count == self.length:
                 return ERROR_CODE.END_OF_SVOFILE_REACHED
@@ -87,7 +88,7 @@ class Camera:
         return ERROR_CODE.SUCCESS
 
     def get_timestamp(self, reference):
-        wall = time.time_ns() - self.stamp_delay_ns
+        wall = self.stamp
         return SimpleNamespace(get_nanoseconds=lambda: wall)
 
     def get_frame_dropped_count(self):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +21,7 @@ from chatvla_edge.drivers.errors import (
     MissingLibraryError,
 )
 
-pytest.importorskip("libusb_package", reason="the extra `realsense` is not installed")
+pytestmark = pytest.mark.skipif(find_spec("pyrealsense2") is None, reason="the extra `realsense` is not installed")
 
 H, W = 120, 320
 FRAMES = 30

@@ -1,5 +1,7 @@
 """A recording is played at its rate, newest first, once or for ever, from every kind of source."""
 
+from importlib.util import find_spec
+
 import cv2
 import numpy as np
 import pytest
@@ -134,8 +136,8 @@ def test_a_broken_picture_is_a_lost_device(tmp_path):
         camera.read(1.0)
 
 
+@pytest.mark.skipif(find_spec("pyrealsense2") is None, reason="the extra `realsense` is not installed")
 def test_a_realsense_file_is_given_to_its_driver(tmp_path):
-    pytest.importorskip("libusb_package", reason="the extra `realsense` is not installed")
     from chatvla_edge.drivers.cameras.realsense_standin import record, suffix
 
     path = tmp_path / f"tape{suffix()}"

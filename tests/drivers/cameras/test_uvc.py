@@ -13,7 +13,7 @@ from PIL import Image
 from support.v4l2_kernel import KernelCamera, padded
 
 from chatvla_edge.drivers import registry
-from chatvla_edge.drivers.cameras import uvc, v4l2, yuyv
+from chatvla_edge.drivers.cameras import pixels, uvc, v4l2
 from chatvla_edge.drivers.cameras.uvc import Uvc, UvcOptions
 from chatvla_edge.drivers.errors import DeviceLostError, DeviceNotFoundError, DeviceUnsuitableError
 
@@ -83,7 +83,7 @@ def test_structures_and_numbers_are_the_kernels(tmp_path):
 def test_yuyv_becomes_rgb_as_in_opencv(height, width):
     packed = np.random.default_rng(height).integers(0, 256, (height, width, 2), np.uint8)
     target = np.empty((height, width, 3), np.uint8)
-    yuyv.to_rgb(packed, 2 * width, 0, target)
+    pixels.yuyv_to_rgb(packed, 2 * width, 0, target)
     assert np.array_equal(target, cv2.cvtColor(packed, cv2.COLOR_YUV2RGB_YUY2))
 
 
@@ -95,14 +95,14 @@ def test_every_value_of_yuyv_becomes_rgb_as_in_opencv():
         packed[:, 0::2, 1], packed[:, 1::2, 1] = u, v
         packed[:, 1::2, 0] = 255 - brightness
         target = np.empty((256, 512, 3), np.uint8)
-        yuyv.to_rgb(packed, 1024, 0, target)
+        pixels.yuyv_to_rgb(packed, 1024, 0, target)
         assert np.array_equal(target, cv2.cvtColor(packed, cv2.COLOR_YUV2RGB_YUY2))
 
 
 def test_part_of_padded_lines_is_converted():
     packed = np.random.default_rng(1).integers(0, 256, (6, 20, 2), np.uint8)
     target = np.empty((6, 8, 3), np.uint8)
-    yuyv.to_rgb(packed, 40, 12, target)
+    pixels.yuyv_to_rgb(packed, 40, 12, target)
     assert np.array_equal(target, cv2.cvtColor(packed, cv2.COLOR_YUV2RGB_YUY2)[:, 12:])
 
 
@@ -118,7 +118,18 @@ def test_part_of_padded_lines_is_converted():
 )
 def test_a_source_that_is_too_short_is_refused(nbytes, line, column, shape):
     with pytest.raises(ValueError, match="expected"):
-        yuyv.to_rgb(bytes(nbytes), line, column, np.empty(shape, np.uint8))
+        pixels.yuyv_to_rgb(bytes(nbytes), line, column, np.empty(shape, np.uint8))
+
+
+def test_bgra_becomes_rgb_from_padded_lines_too():
+    wide = np.random.default_rng(2).integers(0, 256, (48, 70, 4), np.uint8)
+    for source in (wide, wide[:, :64]):
+        target = np.empty((*source.shape[:2], 3), np.uint8)
+        pixels.bgra_to_rgb(source, target)
+        assert np.array_equal(target, cv2.cvtColor(np.ascontiguousarray(source), cv2.COLOR_BGRA2RGB))
+    for source in (wide[:, ::2], wide[..., :3], wide.astype(np.uint16)):
+        with pytest.raises(ValueError, match="expected"):
+            pixels.bgra_to_rgb(source, np.empty((*source.shape[:2], 3), np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming

@@ -1,4 +1,4 @@
-"""Packed YUV 4:2:2 to RGB, as cameras deliver it: ITU-R BT.601, studio range, 20-bit fixed point (what OpenCV does)."""
+"""What cameras deliver, as RGB: packed YUV 4:2:2 (BT.601, studio range, 20-bit fixed point, as OpenCV), and BGRA."""
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, uint8_t
@@ -18,12 +18,12 @@ cdef inline uint8_t clip(int32_t value) noexcept nogil:
 
 
 cdef void convert(const uint8_t* source, size_t line, size_t height, size_t width, uint8_t* target) noexcept nogil:
-    cdef size_t row, pair
+    cdef size_t row, _pair
     cdef int32_t u, v, red, green, blue, first, second
     cdef const uint8_t* four
     for row in range(height):
         four = source + row * line
-        for pair in range(width // 2):
+        for _pair in range(width // 2):
             u = <int32_t> four[1] - 128
             v = <int32_t> four[3] - 128
             red = HALF + CVR * v
@@ -41,7 +41,7 @@ cdef void convert(const uint8_t* source, size_t line, size_t height, size_t widt
             target += 6
 
 
-def to_rgb(source, line: int, column: int, target) -> None:
+def yuyv_to_rgb(source, line: int, column: int, target) -> None:
     """Fill ``target`` `[H, W, 3]` uint8 (contiguous, W even) from the picture in ``source`` (bytes, Y0 U Y1 V ...).
 
     ``line``: bytes from one row of the source to the next. ``column``: of the source's pixels, even, where the target's
@@ -68,3 +68,33 @@ def to_rgb(source, line: int, column: int, target) -> None:
             PyBuffer_Release(&to)
     finally:
         PyBuffer_Release(&from_)
+
+
+def bgra_to_rgb(source, target) -> None:
+    """Fill ``target`` `[H, W, 3]` uint8 (contiguous) from ``source`` `[H, W, 4]` uint8, whose lines may be padded."""
+    cdef Py_buffer to
+    cdef const uint8_t[:, :, :] four
+    cdef uint8_t* out
+    cdef const uint8_t* pixel
+    cdef Py_ssize_t row, _column, height = source.shape[0], width = source.shape[1]
+    if source.dtype != "uint8" or source.shape[2:] != (4,) or target.shape != (height, width, 3):
+        raise ValueError(
+            f"found {source.shape} {source.dtype} for {target.shape}, expected [H, W, 4] uint8 for [H, W, 3]"
+        )
+    if source.strides[1:] != (4, 1):
+        raise ValueError(f"found strides of {source.strides}, expected whole lines of pixels")
+    four = source
+    PyObject_GetBuffer(target, &to, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    try:
+        out = <uint8_t*> to.buf
+        with nogil:
+            for row in range(height):
+                pixel = &four[row, 0, 0]
+                for _column in range(width):
+                    out[0] = pixel[2]
+                    out[1] = pixel[1]
+                    out[2] = pixel[0]
+                    pixel += 4
+                    out += 3
+    finally:
+        PyBuffer_Release(&to)
