@@ -156,7 +156,7 @@ class RealSense:
         self._profile: Any = None
         self._frame: Any = None
         self._last: int | None = None
-        self._base = 0
+        self._base = self._longest = 0
         self._domain: Any = None
         self._device_clock = DeviceClock(COUNTER_WRAPS_NS)
         self._wall_clock = WallClock()
@@ -387,7 +387,10 @@ class RealSense:
         self._playback.seek(timedelta(0))
         self._sensor.open(self._profile)
         self._sensor.start(self._queue)
-        self._base += self._last or 0
+        # The last frame of this turn may have been missed; the longest turn so far says where it ends.
+        self._longest = max(self._longest, self._last or 0)
+        self._lost += self._longest - (self._last or 0)
+        self._base += self._longest
         self._last = 0
         self._device_clock.restart()
 
