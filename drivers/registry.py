@@ -25,7 +25,11 @@ OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
         "mujoco": "sim.mujoco_world:MujocoCamera",
+        "recording": "cameras.recording:Recording",
         "sim_camera": "sim.camera:SimCamera",
+        "uvc": "cameras.uvc:Uvc",
+        "zed": "cameras.zed:Zed",
+        "zed_uvc": "cameras.zed:ZedUvc",
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
