@@ -25,6 +25,7 @@ OURS: dict[Role, dict[str, str]] = {
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
+        "robotiq_2f85": "grippers.robotiq:Robotiq",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
