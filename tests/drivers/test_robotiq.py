@@ -89,7 +89,7 @@ def test_commands_coalesce_and_nobody_waits_for_the_line(gripper, device):
     assert commanding < 100 * robotiq.TIMEOUT  # a thousand transactions would be 5 s of wire alone
     writes = after["writes"]
     for _ in range(100):
-        gripper.command(np.array([gripper.state().position[0]]))
+        gripper.command(HALF)
     time.sleep(0.1)
     assert device.tell()["writes"] - writes <= 1
 
@@ -189,8 +189,10 @@ def test_the_fault_register_is_named_and_cleared(gripper, device):
 
 def test_frozen_fingers_are_live_on_the_line(gripper, device):
     device.tell(frozen=True)
-    gripper.command(OPEN)
+    asked = gripper.state().sequence
+    assert until(lambda: gripper.state().sequence > asked + 3, PATIENCE)
     first = gripper.state()
+    gripper.command(OPEN)
     assert until(lambda: gripper.state().sequence > first.sequence + 30, PATIENCE)
     state = gripper.state()
     assert state.position == first.position
