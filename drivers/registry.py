@@ -33,7 +33,10 @@ OURS: dict[Role, dict[str, str]] = {
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
+        "franka_rs": "arms.franka_rs:FrankaRs",
+        "franky": "arms.franky:Franky",
         "mujoco": "sim.mujoco_world:MujocoArm",
+        "robotiq_2f85": "grippers.robotiq:Robotiq",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
