@@ -14,6 +14,7 @@ from pathlib import Path
 from onnx import helper
 from pydantic import BaseModel
 
+from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
@@ -29,7 +30,7 @@ from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, meaning, read_probe
+from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -114,13 +115,14 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
             normalization = checkpoint.normalization(settings.task)
             progress("judging", 0)
             held = dequantized(model, planned.form)
-            arrays = {}
+            arrays, looked = {}, []
             sizes = [(camera.height, camera.width) for camera in cameras]
             for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
                 common = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
                 named = {camera.name: steps for camera, steps in zip(cameras, preprocessing, strict=True)}
+                looked.append(observation(checkpoint.spec, named, prompt, normalization, scene))
                 data = probe_file(
-                    observation(checkpoint.spec, named, prompt, normalization, scene),
+                    looked[-1],
                     {
                         "lowering_parity": reference(held, *common),
                         "quantization_error": reference(model, *common),
@@ -130,7 +132,8 @@ def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progre
                 writer.add(probes[-1], data)
                 arrays[probes[-1]] = read_probe(data)
             results = judge(writer.directory, contents, arrays, settings.threads)
-            contents = _judged(contents, results, probes, settings)
+            parts = bisect(writer.directory, contents, held, looked[0], settings.threads)
+            contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
         writer.add(PARITY, _json(contents.gates))
         return writer.commit(contents)
 
@@ -146,15 +149,22 @@ def _fits(robot: Robot, head: HeadSpec) -> None:
             )
 
 
-def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
+def _judged(
+    contents: b.Contents,
+    results: Sequence[b.GateResult],
+    parts: Sequence[Part],
+    probes: list[str],
+    settings: Settings,
+) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
         lines = "; ".join(
             f"{result.name}: {result.value} (limit {result.limit}), {meaning(result)}" for result in failed
         )
+        first = next((f"The first part to diverge: {part.name}. " for part in parts if part.diverges), "")
         raise GateError(
-            f"the engines do not compute what the checkpoint computes: {lines}. Nothing was written. Choose a higher "
-            "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
+            f"the engines do not compute what the checkpoint computes: {lines}. {first}Nothing was written. Choose a "
+            "higher precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
         )
     gates = b.Gates(results=tuple(results), allowed_failed_gates=tuple(result.name for result in failed))
     return contents.model_copy(update={"gates": gates, "probes": tuple(probes)})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chatvla_edge.runtime.gates import Part
     from chatvla_edge.runtime.policy import Answer
 
-    Comparison = Callable[..., tuple[list[GateResult], list[Part] | None]]
+    Comparison = Callable[..., tuple[list[GateResult], list[Part]]]
 
 app = typer.Typer()
 console = Console()
@@ -102,7 +102,7 @@ def verify(
 
     if checkpoint is None and (bisect or base is not None or task is not None):
         raise typer.BadParameter("layers are compared with a checkpoint: name it", param_hint="--checkpoint")
-    parts: list[Part] | None = None
+    parts: list[Part] = []
     with _opened(path) as bundle:
         manifest = bundle.manifest
         if checkpoint is not None:
@@ -115,7 +115,6 @@ def verify(
                     task=task,
                     probes=probes,
                     threads=threads,
-                    bisected=bisect,
                     say=status.update,
                 )
         elif not manifest.probes:
@@ -125,15 +124,20 @@ def verify(
             )
         else:
             results = judge(path, manifest, {name: read_probe(bundle.read(name)) for name in manifest.probes}, threads)
-    diverging = [part for part in parts or [] if part.diverges]
+    if bisect and not parts:
+        raise ValueError(
+            f"{path} is for {manifest.target.name}: stages are taken apart on the CPU. Export the checkpoint for cpu, "
+            "and bisect that"
+        )
     if as_json:
-        typer.echo(json.dumps(_verdict(results, parts, checkpoint), indent=2))
+        typer.echo(json.dumps(_verdict(results, parts, checkpoint, bisect), indent=2))
     else:
         _show_gates(results)
         _show_failures(results)
-        if parts is not None:
+        if bisect:
             _show_parts(parts)
-    if diverging or any(result.verdict == "failed" for result in results):
+        _show_divergence(parts)
+    if any(result.verdict == "failed" for result in results):
         raise typer.Exit(1)
 
 
@@ -147,7 +151,7 @@ def _comparison() -> "Comparison":
     )
 
 
-def _verdict(results: "list[GateResult]", parts: "list[Part] | None", checkpoint: Path | None) -> dict[str, Any]:
+def _verdict(results: "list[GateResult]", parts: "list[Part]", checkpoint: Path | None, bisect: bool) -> dict[str, Any]:
     from chatvla_edge.runtime.gates import meaning
 
     def fields(part: "Part") -> dict[str, Any]:
@@ -157,14 +161,14 @@ def _verdict(results: "list[GateResult]", parts: "list[Part] | None", checkpoint
         }
         return {**vars(part), **found, "diverges": part.diverges, "name": part.name}
 
-    diverging = [part for part in parts or [] if part.diverges]
+    diverging = [part for part in parts if part.diverges]
     return {
         "reference": "the probes in the bundle" if checkpoint is None else str(checkpoint),
         "gates": [
             {**result.model_dump(), **({"meaning": meaning(result)} if result.verdict == "failed" else {})}
             for result in results
         ],
-        "parts": None if parts is None else [fields(part) for part in parts],
+        "parts": [fields(part) for part in parts] if bisect else None,
         "first_divergence": diverging[0].name if diverging else None,
     }
 
@@ -190,9 +194,13 @@ def _show_parts(parts: "list[Part]") -> None:
             Text("diverges", style="red") if part.diverges else "",
         )
     console.print(table)
+
+
+def _show_divergence(parts: "list[Part]") -> None:
     diverging = [part for part in parts if part.diverges]
     if not diverging:
-        console.print("no part diverges: each computes what the reference does of the same input")
+        if parts:
+            console.print("no part of a stage diverges: each computes what the reference does of the same input")
         return
     console.print(Text.assemble(("first to diverge: ", "red"), diverging[0].name))
     if len(diverging) > 1:
