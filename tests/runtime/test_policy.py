@@ -17,7 +17,7 @@ SECOND = 1_000_000_000
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c")
+    return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", layers=2)
 
 
 @pytest.fixture(scope="module")

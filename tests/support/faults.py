@@ -14,6 +14,7 @@ from chatvla_edge.export.checkpoint.publish import write_checkpoint
 from chatvla_edge.export.checkpoint.reader import Checkpoint, open_checkpoint
 from chatvla_edge.export.checkpoint.synth import PRESETS, random_weights, synthetic_statistics
 from chatvla_edge.export.checkpoint.tokenizer import byte_level_tokenizer
+from chatvla_edge.export.spec import ReasoningSpec
 from chatvla_edge.export.stages.graph import Graph
 from chatvla_edge.export.stages.weights import Parameters, Read
 from chatvla_edge.runtime.bundle import Bundle
@@ -125,16 +126,19 @@ def planted(fault: Fault, monkeypatch) -> Iterator[None]:
         yield
 
 
-def checkpoint(directory: Path, sharpness: float = 1) -> Checkpoint:
-    """Four layers of language, three of vision, four of the head.
+def checkpoint(directory: Path, sharpness: float = 1, layers: int = 4) -> Checkpoint:
+    """That many layers of language and of the head, one less of vision.
 
     sharpness: of the attention; its logits are multiplied by the square. Random weights look at all rows alike.
     """
     spec, layout, _ = PRESETS["tiny"]
     spec = spec.model_copy(
         update={
-            "vision": spec.vision.model_copy(update={"depth": 3}),
-            "language": spec.language.model_copy(update={"layers": 4, "rope_theta": 100.0}),
+            "vision": spec.vision.model_copy(update={"depth": layers - 1}),
+            "language": spec.language.model_copy(update={"layers": layers, "rope_theta": 100.0}),
+            "head": spec.head.model_copy(
+                update={"depth": layers, "reasoning": ReasoningSpec(start=layers // 2, stop=layers)}
+            ),
         }
     )
     weights = random_weights(spec, seed=0)
