@@ -106,6 +106,17 @@ def test_no_part_of_an_honest_bundle_diverges(checkpoint, precision, held, obser
     assert list(tmp_path.iterdir()) == [bundle.path]
 
 
+@pytest.mark.parametrize("variant", ["chatvla2-2b-arx", "chatvla-2b", "dexvla-2b"])
+def test_every_public_variant_can_be_taken_apart(variant, tmp_path):
+    """Shared beside routed experts; static ones and FiLM; a dense model and a head without reasoning."""
+    opened = faults.checkpoint(tmp_path / "c", layers=2, variant=variant)
+    bundle = faults.export(opened, tmp_path / "b", "fp32")
+    parts = {result.name: result for result in bundle.manifest.gates.results if "/parts/" in result.name}
+    routed = opened.spec.language.experts.routed > 0
+    assert len(parts) == 4 + routed
+    assert {result.verdict for result in parts.values()} == {"passed"}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_part_that_diverges_is_the_planted_one(fault, checkpoint, precision, held, observed, tmp_path, monkeypatch):
     if precision != "fp32" and fault not in ROUNDED:

@@ -126,18 +126,26 @@ def planted(fault: Fault, monkeypatch) -> Iterator[None]:
         yield
 
 
-def checkpoint(directory: Path, sharpness: float = 1, layers: int = 4) -> Checkpoint:
-    """That many layers of language and of the head, one less of vision.
+def checkpoint(directory: Path, sharpness: float = 1, layers: int = 4, variant: str = "chatvla2-2b") -> Checkpoint:
+    """That many layers of language and of the head, one less of vision; experts, fusion and head of a preset.
 
     sharpness: of the attention; its logits are multiplied by the square. Random weights look at all rows alike.
     """
-    spec, layout, _ = PRESETS["tiny"]
+    spec, like = PRESETS["tiny"][0], PRESETS[variant][0]
+    follows = ReasoningSpec(start=layers // 2, stop=layers) if like.head.reasoning else None
     spec = spec.model_copy(
         update={
+            "fusion": like.fusion,
             "vision": spec.vision.model_copy(update={"depth": layers - 1}),
-            "language": spec.language.model_copy(update={"layers": layers, "rope_theta": 100.0}),
+            "language": spec.language.model_copy(
+                update={"layers": layers, "rope_theta": 100.0, "experts": like.language.experts}
+            ),
             "head": spec.head.model_copy(
-                update={"depth": layers, "reasoning": ReasoningSpec(start=layers // 2, stop=layers)}
+                update={
+                    "depth": layers,
+                    "reasoning": follows,
+                    "conditioning": like.head.conditioning,
+                }
             ),
         }
     )
@@ -146,7 +154,7 @@ def checkpoint(directory: Path, sharpness: float = 1, layers: int = 4) -> Checkp
     write_checkpoint(
         directory,
         spec,
-        layout,
+        PRESETS[variant][1],
         lambda name: weights(name) * (sharpness if sharp.fullmatch(name) else 1),
         dtype=torch.float32,
         statistics=synthetic_statistics(spec.head),
