@@ -35,7 +35,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = LOG_ERRORS
         # A worker that spins between operators burns the core that the servo may need next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without VNNI, kernels for unsigned by signed bytes saturate at 16 bits; this takes others there, and only there.
+        # Without VNNI, products of unsigned by signed bytes saturate at 16 bits; this takes exact ones, only there.
         options.add_session_config_entry("session.x64quantprecision", "1")
         if threads.affinity is not None:
             options.add_session_config_entry("session.intra_op_thread_affinities", threads.affinity)
