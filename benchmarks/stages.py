@@ -234,9 +234,10 @@ STAGES = (
 )
 
 
-MEMORY = "memory"
+DEPTHS = {"half": (1, 1, 2), "whole": (2, 2, 4)}  # decoder layers, vision blocks, blocks of the head
 QUANTIZED = tuple(name for name in PRECISIONS if name != "fp32")
-OPTIONAL = (MEMORY, "prefill 256", f"verify {VERIFIED}")  # what no extrapolated query needs
+PARTS = ("tiny", "memory", "real")
+OPTIONAL = ("prefill 256", f"verify {VERIFIED}")  # what no extrapolated query needs
 
 
 def _ids(spec: PolicySpec) -> NDArray[np.int64]:
@@ -341,7 +342,16 @@ def tiny(report: Report, folder: Path, threads: Sequence[int], seconds: float, p
                 right = f"{told}: reasoning int8: right draft"
                 report.goal(f"{right}: language passes", passes["right draft"], "<=", GOAL_PASSES)
                 report.goal(f"{right}: over plain", found.speedup(right).value, ">=", GOAL_REASONING, unit="x")
-    _resident(report, "tiny", folder / "tiny", precisions, threads[0])
+
+
+def memory(report: Report, folder: Path, threads: int, *, tiny_only: bool) -> None:
+    """What a process without torch holds, for every precision; digests read all of a bundle, so this takes its time."""
+    every = tuple(PRECISIONS)
+    write_subject(folder / "tiny", PRESETS["tiny"][0], "tiny", every)
+    _resident(report, "tiny", folder / "tiny", every, threads)
+    if not tiny_only:
+        write_subject(folder / "whole", shortened(*DEPTHS["whole"]), GEOMETRY, every)
+        _resident(report, "2 layers of real size", folder / "whole", every, threads)
 
 
 # ------------------------------------------------------------------------------------------------------- real sizes
@@ -393,12 +403,9 @@ def real(
     precisions: Sequence[str],
 ) -> None:
     """Layers of real size, extrapolated to the whole policy."""
-    depths = {"half": (1, 1, 2), "whole": (2, 2, 4)}
+    depths = DEPTHS
     for size, (layers, blocks, head) in depths.items():
         write_subject(folder / size, shortened(layers, blocks, head), GEOMETRY, precisions)
-    if MEMORY not in without:
-        write_subject(folder / "whole", shortened(*depths["whole"]), GEOMETRY, ("fp32",))
-        _resident(report, "2 layers of real size", folder / "whole", ("fp32", *precisions), threads[0])
     chosen = [stage for stage in STAGES if stage not in without]
     subjects = {size: open_subject(folder / size, precisions) for size in depths}
     for count in threads:
@@ -540,18 +547,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="at least, of layers of real size; default: 7")
     parser.add_argument("--without", nargs="+", choices=OPTIONAL, default=[], help="of layers of real size")
     parser.add_argument("--precisions", nargs="+", choices=QUANTIZED, default=QUANTIZED, help="of layers of real size")
-    parser.add_argument("--parts", nargs="+", choices=("tiny", "real"), help="default: both; quick: tiny")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; quick: tiny and its memory")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles for the next run")
 
 
 def run(options: Namespace) -> Report:
     """Tiny, then real sizes unless `--quick`."""
     seconds = options.seconds or (0.5 if options.quick else 2.0)
-    parts = options.parts or (("tiny",) if options.quick else ("tiny", "real"))
+    parts = options.parts or (("tiny", "memory") if options.quick else PARTS)
     report = Report(title="A bundle's stages beside PyTorch eager on the same checkpoint")
     with _folder(options.work) as folder:
         if "tiny" in parts:
             tiny(report, folder, options.threads, seconds, tuple(PRECISIONS))
+        if "memory" in parts:
+            memory(report, folder, options.threads[0], tiny_only=options.quick)
         if "real" in parts:
             real(report, folder, options.threads, seconds, options.rounds, options.without, options.precisions)
     if "real" not in parts:

@@ -18,7 +18,7 @@ def again(report: Report) -> Report:
 
 @pytest.mark.slow
 def test_queries_drafts_and_memory_of_tiny_are_in_the_report(tmp_path):
-    report = again(stages.run(options(parts=["tiny"], work=tmp_path, rounds=7, without=[])))
+    report = again(stages.run(options(parts=["tiny", "memory"], work=tmp_path, rounds=7, without=[])))
     rows = {row.name: row for row in report.rows}
     for name in ("eager fp32", "eager bf16", "fp32", "int8", "int8-row", "int4", "int4-row"):
         assert rows[f"tiny, 1 thread: query: {name}"].p50 > 0
