@@ -243,8 +243,8 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32; int8 or int4 (blocks of 128, with or without outliers); int8-row or int4-row (one scale per "
-            "row: integer products, several times faster for many rows; see docs/decisions.md)."
+            help="fp32; int8 or int4 (blocks of 128); int8-row or int4-row (one scale per row: integer products, "
+            "several times faster for many rows, less robust against outliers)."
         ),
     ] = "int8",
     base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,

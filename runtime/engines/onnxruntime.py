@@ -1,5 +1,6 @@
 """ONNX Runtime behind the engine protocol: numpy arrays bound by address, nothing copied, nothing allocated per run."""
 
+import ctypes
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -70,14 +71,14 @@ class OnnxRuntimeEngine:
         options.log_severity_level = LOG_ERRORS
         for name, value in QUIET.items():
             options.add_session_config_entry(name, value)
-        # Without VNNI, kernels for unsigned by signed bytes saturate at 16 bits; there, and only there, this takes
-        # others.
+        # Without VNNI, products of unsigned by signed bytes saturate at 16 bits; this takes exact ones, only there.
         options.add_session_config_entry("session.x64quantprecision", "1")
         if threads.affinity is not None:
             options.add_session_config_entry(AFFINITIES, threads.affinity)
         self.path = path
         before = _threads()
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        _return_freed_memory()
         self._refuse_strays(threads, _threads() - before)
         self._binding = self._session.io_binding()
         self._inputs = {tensor.name for tensor in self._session.get_inputs()}
@@ -128,3 +129,10 @@ class OnnxRuntimeEngine:
 
 def _threads() -> set[int]:
     return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
+
+
+def _return_freed_memory() -> None:
+    """Give back what loading left behind: glibc keeps the holes between packed weights, as much again in int8-row."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries need not
+    if trim is not None:
+        trim(0)

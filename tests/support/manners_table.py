@@ -1,4 +1,4 @@
-"""What each arm's driver does with its motors, as Markdown. ``python -m support.manners_table`` (in tests/) writes it."""
+"""What each arm's driver does with its motors, as Markdown; ``python -m support.manners_table`` in tests/ writes it."""
 
 from chatvla_edge.drivers import registry
 from support.safety_table import DOCUMENT
