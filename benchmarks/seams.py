@@ -19,24 +19,22 @@ spread (m and sqrt(1 - m^2): averaging it away would make the middle of a chunk 
     python -m chatvla_edge.benchmarks.seams [--quick] [--json FILE] [--delay SECONDS]
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from chatvla_edge.benchmarks import script
+from chatvla_edge.benchmarks.report import Report
 from chatvla_edge.runtime.chunks import Chunk
 from chatvla_edge.runtime.fusion import Fusion
 from chatvla_edge.runtime.knots import ActionLayout
 from chatvla_edge.runtime.tau import TauClock
+
+SUMMARY = "Seams between chunks: velocity steps within 100 ms of them over those elsewhere, per fusion mode."
 
 Array = NDArray[np.float64]
 
@@ -226,67 +224,42 @@ ROWS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a table and the goals; exit code 1 when a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter tapes; under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--delay", type=float, default=0.3, metavar="SECONDS", help="policy delay (default 0.3)")
-    parser.add_argument("--jitter", type=float, default=Setting.jitter, metavar="RADIANS")
+def add_arguments(parser: ArgumentParser) -> None:
+    """The policy and the fade."""
+    parser.add_argument("--delay", type=float, default=Setting.delay, metavar="SECONDS", help="policy delay")
+    parser.add_argument("--jitter", type=float, default=Setting.jitter, metavar="RADIANS", help="from action to action")
     parser.add_argument("--fade", type=float, default=Setting.fade, metavar="SECONDS")
-    options = parser.parse_args(arguments)
-    seeds = 3 if options.quick else 12
-    duration = 15.0 if options.quick else 40.0
+
+
+def run(options: Namespace) -> Report:
+    """Every mode over the same tapes."""
+    seeds, duration = (3, 15.0) if options.quick else (12, 40.0)
     setting = Setting(delay=options.delay, duration=duration, fade=options.fade, jitter=options.jitter)
-    results: dict[str, dict[str, float]] = {}
-    table = Table(title=f"velocity steps near seams, {setting.delay * 1e3:.0f} ms policy delay, {seeds} tapes")
-    heads = (
-        "mode",
-        "p99 near rad/s",
-        "p99 elsewhere",
-        "ratio",
-        "over tapes",
-        "largest near",
-        "rms error mrad",
-        "jerk / tape",
-    )
-    for head in heads:
-        table.add_column(head, justify="left" if head == "mode" else "right")
+    report = Report(title=f"Velocity steps near seams, {setting.delay * 1e3:.0f} ms policy delay")
     for name, mode, honoured, schedule in ROWS:
-        masked = replace(setting, prefix_schedule=schedule)
-        result = results[name] = measure(masked, mode, seeds, prefix_honoured=honoured)
-        table.add_row(
-            name,
-            f"{result['near_p99']:.5f}",
-            f"{result['elsewhere_p99']:.5f}",
-            f"{result['ratio']:.3f}",
-            f"{result['ratio_lowest']:.3f}-{result['ratio_highest']:.3f}",
-            f"{result['near_max']:.4f}",
-            f"{result['error_rms'] * 1e3:.2f}",
-            f"{result['jerk']:.2f}",
-        )
-    # A method that adds nothing measures 1.0 give or take the error of the mean over tapes, and would miss a bare
-    # "<= 1.0" every other time: a goal is missed when the ratio lies above 1.0 by more than two such errors.
-    goals = [
-        {
-            "name": f"seam ratio, {name}",
-            "value": results[name]["ratio"],
-            "goal": f"<= {GOAL} + {2 * results[name]['ratio_error']:.3f} (2 standard errors)",
-            "ok": results[name]["ratio"] <= GOAL + 2 * results[name]["ratio_error"],
-        }
-        for name in ("blend", "ensemble", "rtc")
-    ]
-    console = Console()
-    console.print(table)
-    for goal in goals:
-        console.print(
-            f"{'met   ' if goal['ok'] else 'MISSED'}  {goal['name']}: {goal['value']:.3f} (goal {goal['goal']})"
-        )
-    if options.json:
-        report = {"benchmark": "seams", "setting": asdict(setting), "seeds": seeds, "results": results, "goals": goals}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(goal["ok"] for goal in goals) else 1
+        result = measure(replace(setting, prefix_schedule=schedule), mode, seeds, prefix_honoured=honoured)
+        report.figure(f"{name}: ratio of p99s", result["ratio"], "x")
+        report.figure(f"{name}: p99 near seams", result["near_p99"], "rad/s")
+        report.figure(f"{name}: p99 elsewhere", result["elsewhere_p99"], "rad/s")
+        report.figure(f"{name}: largest near seams", result["near_max"], "rad/s")
+        report.figure(f"{name}: rms error", result["error_rms"] * 1e3, "mrad")
+        report.figure(f"{name}: jerk over the tape's", result["jerk"], "x")
+        report.note(f"{name}: ratio over tapes {result['ratio_lowest']:.3f} to {result['ratio_highest']:.3f}")
+        if name in ("blend", "ensemble", "rtc"):
+            # A method that adds nothing measures 1.0 give or take the error of the mean over tapes, and would miss a
+            # bare "<= 1.0" every other time: it is missed where the ratio lies above by more than two such errors.
+            report.goal(
+                f"seam ratio less two standard errors over tapes, {name}",
+                result["ratio"] - 2 * result["ratio_error"],
+                "<=",
+                GOAL,
+                unit="x",
+            )
+    report.method.append(
+        f"{seeds} tapes of {duration:g} s; " + ", ".join(f"{k} {v}" for k, v in asdict(setting).items())
+    )
+    return report
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main(__file__))
