@@ -4,6 +4,8 @@ The reference itself takes one question at a time, as a robot asks. A batch here
 prompt and one picture of the same size; the tests compare every function with the reference, row by row.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,25 +93,50 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def hidden(backbone: Backbone, embedded: Tensor, rotary: Rotary) -> Tensor:
+def attend(x: Tensor, weights: tuple[Tensor, ...], rotary: Rotary, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The first half of a layer: x [B, T, D] with causal attention added, and its norm for the experts.
+
+    Takes tensors instead of the layer, so that one compiled form serves all layers.
+    """
+    before, wq, bq, wk, bk, wv, bv, wo, after = weights
+    batch, count, _ = x.shape
+    normal = _norm(x, before, eps)
+    dim = wq.shape[0] // heads
+    q, k, v = (
+        F.linear(normal, weight, bias).view(batch, count, -1, dim).transpose(1, 2)
+        for weight, bias in ((wq, bq), (wk, bk), (wv, bv))
+    )
+    groups = heads // k.shape[1]
+    k, v = (part.repeat_interleave(groups, dim=1) for part in (rotate(k, rotary), v))
+    mixed = F.scaled_dot_product_attention(rotate(q, rotary), k, v, is_causal=True)
+    x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, -1), wo)
+    return x, _norm(x, after, eps)
+
+
+Attend = Callable[[Tensor, tuple[Tensor, ...], Rotary, int, float], tuple[Tensor, Tensor]]
+
+
+def hidden(backbone: Backbone, embedded: Tensor, rotary: Rotary, attention: Attend = attend) -> Tensor:
     """Final-norm hidden states [B, T, D] of embedded [B, T, D]; causal, so padding on the right disturbs nothing.
 
-    rotary: [T, head_dim], or [B, 1, T, head_dim] where rows have positions of their own.
+    rotary: [T, head_dim], or [B, 1, T, head_dim] where rows have positions of their own; attention: `attend`, or its
+    compiled form.
     """
     language = backbone.spec.language
-    batch, count, _ = embedded.shape
-    groups, eps = language.heads // language.kv_heads, language.rms_eps
     x = embedded
     for layer in backbone.language.layers:
-        normal = _norm(x, layer.input_layernorm.weight, eps)
-        attention = layer.self_attn
-        q, k, v = (
-            project(normal).view(batch, count, -1, language.head_dim).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        part = layer.self_attn
+        weights = (
+            layer.input_layernorm.weight,
+            part.q_proj.weight,
+            part.q_proj.bias,
+            part.k_proj.weight,
+            part.k_proj.bias,
+            part.v_proj.weight,
+            part.v_proj.bias,
+            part.o_proj.weight,
+            layer.post_attention_layernorm.weight,
         )
-        k, v = (part.repeat_interleave(groups, dim=1) for part in (rotate(k, rotary), v))
-        mixed = F.scaled_dot_product_attention(rotate(q, rotary), k, v, is_causal=True)
-        x = x + attention.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
-        normal = _norm(x, layer.post_attention_layernorm.weight, eps)
+        x, normal = attention(x, weights, rotary, language.heads, language.rms_eps)
         x = x + experts(layer.mlp, normal.flatten(0, 1)).view_as(x)
-    return _norm(x, backbone.language.norm.weight, eps)
+    return _norm(x, backbone.language.norm.weight, language.rms_eps)

@@ -126,7 +126,8 @@ class Vision:
         at = probes.offset(tokens).gather(1, card_cell[..., None].expand(-1, -1, 2))
         where = F.smooth_l1_loss(at, offset, beta=0.05)
         total = torch.stack(parts).sum() + 2 * where
-        return total, {"loss": float(total), "digit": float(parts[0]), "card": float(parts[2]), "offset": float(where)}
+        figures = {"loss": total, "digit": parts[0], "card": parts[2], "offset": where}
+        return total, {key: float(value.detach()) for key, value in figures.items()}
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
@@ -215,8 +216,9 @@ class Language:
 
     name, rate, other_rate, constant, average = "language", 0.02, 2e-3, 0.45, 0.99
 
-    def __init__(self, world: World, batch: int, sentences: int, feature_file: Path) -> None:
+    def __init__(self, world: World, batch: int, sentences: int, feature_file: Path, compiled: bool) -> None:
         torch.manual_seed(2)
+        self.attend = torch.compile(batched.attend, dynamic=False) if compiled else batched.attend
         self.world, self.batch, self.sentences = world, batch, sentences
         self.backbone, self.prompt = world.model.backbone, world.prompt
         self.probes = _Places(world.model.spec.language.hidden)
@@ -301,7 +303,7 @@ class Language:
             torch.cat([a.expand(self.batch, 1, -1, -1), b.expand(self.sentences, 1, -1, -1)])
             for a, b in zip(self.rotary, self.plain, strict=True)
         )
-        hidden = batched.hidden(self.backbone, embedded, (rotary[0], rotary[1]))
+        hidden = batched.hidden(self.backbone, embedded, (rotary[0], rotary[1]), self.attend)
         said = hidden[: self.batch, self.start - 1 : self.start - 1 + ids.shape[1]]
         real = torch.arange(ids.shape[1]) < self.texts.length[pick][:, None]
         speech = F.cross_entropy(self.backbone.logits(said[real]), ids[real], reduction="sum") / (10 * self.batch)
@@ -311,7 +313,7 @@ class Language:
         token, pooled = self._where(hidden[: self.batch], pick, self.world.train, self.texts)
         total = speech + sentence + 0.5 * token + 0.5 * pooled
         figures = {"loss": total, "speech": speech, "sentence": sentence, "token_xy": token, "pooled_xy": pooled}
-        return total, {key: float(value) for key, value in figures.items()}
+        return total, {key: float(value.detach()) for key, value in figures.items()}
 
     def _rows(self, hidden: Tensor, length: int) -> Tensor:
         """Hidden states of the text's own tokens as inputs, [B, L, D]."""
@@ -477,7 +479,7 @@ class Head:
         loss = self.diffusion.loss(
             self._conditions(self.data.goal[pick], self.data.state[pick]), self.data.actions[pick], rng
         )
-        return loss, {"loss": float(loss)}
+        return loss, {"loss": float(loss.detach())}
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
@@ -562,7 +564,7 @@ class Join:
         pick = torch.from_numpy(rng.integers(len(self.data.state), size=self.batch))
         conditions = self._conditions(self.vectors, pick, self.data.state[pick])
         loss = self.diffusion.loss(conditions, self.data.actions[pick], rng)
-        return loss, {"loss": float(loss)}
+        return loss, {"loss": float(loss.detach())}
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
