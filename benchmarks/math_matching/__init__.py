@@ -1,7 +1,7 @@
 """The paper's math-matching game as training data and as a judge: expert, texts, training and evaluation.
 
-    python -m chatvla_edge.benchmarks.math_matching.train WORK
-    chatvla-edge bench math-matching [--quick] [--checkpoint DIR] [--trials N] [--variants fp32,int8,...]
+python -m chatvla_edge.benchmarks.math_matching.train WORK
+chatvla-edge bench math-matching [--quick] [--checkpoint DIR] [--trials N] [--variants fp32,int8,...]
 """
 
 from argparse import ArgumentParser, Namespace
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from chatvla_edge.benchmarks.report import Report
 
-SUMMARY = "The math-matching game in closed loop, through bundle and servo plane: OCR, reasoning, success, by precision."
+SUMMARY = "The math-matching game in closed loop, through bundle and servo plane: OCR, reasoning and success."
 
 
 def add_arguments(parser: ArgumentParser) -> None:

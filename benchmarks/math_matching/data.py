@@ -67,7 +67,7 @@ def make(start: int, count: int, split: Split, highest: int) -> Moments:
         scene = world.scene
         aim = goal(world)
         held = next((index for index in world.held if index is not None), -1)
-        strokes = scene.strokes[: -2]  # the last two are the equals sign's
+        strokes = scene.strokes[:-2]  # the last two are the equals sign's
         sign = np.mean([end for a, b, _ in strokes for end in (a, b)], axis=0)
         digits = [(glyph[1], glyph[2]) for glyph in scene.glyphs]
         rows.append(
@@ -139,7 +139,9 @@ def statistics(data: Moments) -> Statistics:
     )
 
 
-def cells(points: NDArray[np.float32], rows: int = 4, columns: int = 6) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def cells(
+    points: NDArray[np.float32], rows: int = 4, columns: int = 6
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The cell (merged image token) of points [..., 2] m, and the offset from its centre in cells, [..., 2]."""
     left, right, bottom, top = VIEW
     across = (points[..., 0] - left) / (right - left) * columns

@@ -151,8 +151,8 @@ def report(results: dict[str, list[Trial]]) -> Report:
     base = results["fp32"]
     out = Report(title=f"Math matching: {len(base) // len(SPLITS)} trials of each split and variant, closed loop")
     out.method.append(
-        f"bundle and servo plane ({RATE:g} Hz) on a virtual clock, {LATENCY} s from observation to chunk; paired trials "
-        f"(seeds from {SEEDS}); success: the right card is the first one picked and lies on the board"
+        f"bundle and servo plane ({RATE:g} Hz) on a virtual clock, {LATENCY} s from observation to chunk; paired "
+        f"trials (seeds from {SEEDS}); success: the right card is the first one picked and lies on the board"
     )
     for name, found in results.items():
         for split in SPLITS:
@@ -222,8 +222,14 @@ def contact_sheet(name: str, checkpoint: Path, work: Path, file: Path, highest: 
     sheet = Image.new("RGB", (columns * width, len(SPLITS) * (height + text)), (250, 250, 248))
     draw = ImageDraw.Draw(sheet)
     for row, split in enumerate(SPLITS):
-        outcome = play(plays, SEEDS, split, highest=highest, size=(480, 640) if camera.height == 480 else (240, 320),
-                       keep_frames=lambda _time: True)
+        outcome = play(
+            plays,
+            SEEDS,
+            split,
+            highest=highest,
+            size=(camera.height, camera.width),
+            keep_frames=lambda _time: True,
+        )
         frames = outcome.frames
         chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
         top = row * (height + text)

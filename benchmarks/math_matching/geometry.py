@@ -2,8 +2,7 @@
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Regex
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chatvla_edge.benchmarks.math_matching.texts import INSTRUCTION, Situation, reasoning
 from chatvla_edge.drivers.sim.tabletop import ACTIONS, equations

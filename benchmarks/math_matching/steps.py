@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from chatvla_edge.benchmarks.math_matching import batched, texts
@@ -188,8 +187,11 @@ def write_texts(data: Moments, prompt: Prompt) -> Texts:
         text = texts.reasoning(texts.Situation(equation, numbers, place, held))
         encoded = prompt.tokenizer.encode(text, add_special_tokens=False)
         spot = [0] * (len(encoded.ids) + 1)
-        marks = [(text.find(word) - len(str(n)) - 1, text.find(word) + len(word), 1 + i)
-                 for i, (word, n) in enumerate(zip(_CARD_WORDS, numbers, strict=True)) if word in text]
+        marks = [
+            (text.find(word) - len(str(n)) - 1, text.find(word) + len(word), 1 + i)
+            for i, (word, n) in enumerate(zip(_CARD_WORDS, numbers, strict=True))
+            if word in text
+        ]
         marks.append((text.rfind(" from ") + 6, len(text), 4))
         for first, last, mark in marks:
             for token, (begin, end) in enumerate(encoded.offsets):
@@ -269,7 +271,13 @@ class Language:
         for turn, index in enumerate([place, *others]):
             if turn:
                 pieces.append((" I should pick", False))
-            pieces += [(" ", turn == 0), (str(numbers[index]), turn == 0), (" from", False), (f" {PLACES[index]}", True), (".", False)]
+            pieces += [
+                (" ", turn == 0),
+                (str(numbers[index]), turn == 0),
+                (" from", False),
+                (f" {PLACES[index]}", True),
+                (".", False),
+            ]
         ids: list[int] = []
         known: list[bool] = []
 

@@ -127,7 +127,9 @@ class ReferencePlayer:
 def player(name: str, checkpoint: Path, work: Path) -> Player:
     """A variant by name, its bundle made under `work` unless it is there."""
     if name == "reference":
-        return ReferencePlayer(open_checkpoint(checkpoint).policy([Preprocessing(load(ROBOT).cameras[0].preprocessing)]))
+        return ReferencePlayer(
+            open_checkpoint(checkpoint).policy([Preprocessing(load(ROBOT).cameras[0].preprocessing)])
+        )
     if name not in VARIANTS:
         raise ValueError(f"found variant {name!r}, expected one of {', '.join(VARIANTS)}")
     bundle = work / name.replace(" ", "-")
