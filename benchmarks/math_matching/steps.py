@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chatvla_edge.benchmarks.math_matching import batched, texts
 from chatvla_edge.benchmarks.math_matching.data import OPS, Moments, cells
+from chatvla_edge.benchmarks.math_matching.trainer import Log
 from chatvla_edge.drivers.sim.tabletop import PLACES, equations
 from chatvla_edge.export.checkpoint.statistics import Statistics
 from chatvla_edge.export.model import ddim
@@ -512,6 +513,9 @@ def _zero_gates(model: ChatVLA2) -> None:
 # -------------------------------------------------------------------------------------------------------------- join
 
 
+MOST_VECTORS = 12_000  # reasoning vectors to learn from: each costs a pass of the language model
+
+
 class Join:
     """The head on real reasoning vectors; the language model frozen, its vectors cached."""
 
@@ -521,17 +525,15 @@ class Join:
         torch.manual_seed(4)
         self.world, self.batch, self.model = world, batch, world.model
         self.diffusion = _Diffusion(world.model, compiled)
-        self.data, self.test = motions(world.train, world.statistics), motions(world.test, world.statistics)
-        self.vectors = language.vectors(language.features, language.texts)
+        data, self.test = motions(world.train, world.statistics), motions(world.test, world.statistics)
+        self.data = Motions(data.state[:MOST_VECTORS], data.actions[:MOST_VECTORS], data.goal[:MOST_VECTORS])
+        self.vectors = language.vectors(language.features[:MOST_VECTORS], language.texts)
         self.test_vectors = language.vectors(language.test_features, language.test_texts)
         self.oracle = _Oracle(world.model.spec.language.hidden)
         self.oracle.load_state_dict({name: oracle[f"probe.{name}"] for name, _ in self.oracle.named_parameters()})
 
-    def fit(self, steps: int, folder: Path, log: "object") -> None:
-        """Fit the reasoning projector to the oracle's embedding, as the head weighs it; the input's part starts at 0."""
-        from chatvla_edge.benchmarks.math_matching.trainer import Log
-
-        assert isinstance(log, Log)
+    def fit(self, steps: int, folder: Path, log: Log) -> None:
+        """Fit the reasoning projector to the oracle's embedding, in the head's metric; the input's part starts at 0."""
         head, fusion = self.model.head, self.model.fusion
         with torch.no_grad():
             fusion.input_projector[2].weight.zero_()
