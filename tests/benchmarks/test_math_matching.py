@@ -188,7 +188,7 @@ class _Line:
         return {"slope": float(self.layer.weight.detach())}
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -202,7 +202,7 @@ class _Dying(_Line):
     def loss(self, rng):
         self.left -= 1
         if self.left < 0:
-            raise _Killed
+            raise _KilledError
         return super().loss(rng)
 
 
@@ -214,7 +214,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch)
         folder.mkdir()
     straight, again = _Line(), _Line()
     trainer.run(straight, 40, whole, log, 1000)
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         trainer.run(_Dying(25), 40, parts, log, 1000)
     trainer.run(again, 40, parts, log, 1000)
     assert again.layer.weight.item() == straight.layer.weight.item() == pytest.approx(2, abs=0.5)
