@@ -42,7 +42,6 @@ CARD_JITTER = (0.025, 0.03)
 OPEN, CLOSED = 0.088, 0.006  # the gripper's opening
 HOLDS, LETS_GO = 0.03, 0.05  # below and above which a gripper takes and releases a card
 REACH = 0.04  # a gripper takes the card whose centre is this near
-ON_SLOT = 0.06
 JOINT_SPEED, GRIPPER_SPEED = 4.0, 0.4
 ACTIONS = 2 * (JOINTS + 1)
 
@@ -214,7 +213,7 @@ def home_state() -> Array:
 class Tabletop:
     """The world. `highest`: the largest number on a card.
 
-    picks: what each closing gripper took, as (time, index of the card); placed: the card that lies on the slot.
+    picks: what each closing gripper took, as (time, index of the card); placed: the card that lies on the board (its centre does).
     """
 
     highest: int = 9
@@ -295,8 +294,8 @@ class Tabletop:
         if now > LETS_GO and held is not None:
             self._held[arm] = None
             self._changed += 1
-            slot = self.slot
-            if np.hypot(*(self._centre(held) - slot)) <= ON_SLOT:
+            x, y, _ = self.scene.board
+            if (np.abs(self._centre(held) - (x, y)) <= (BOARD[2] / 2, BOARD[3] / 2)).all():
                 self.placed = held
 
     def _carry(self) -> None:

@@ -97,7 +97,7 @@ def test_every_place_is_right_about_as_often():
 @pytest.mark.parametrize("arm", [0, 1])
 def test_joints_and_hand_agree_within_the_ranges_of_the_arm(arm):
     rng = np.random.default_rng(arm)
-    x, y = rng.uniform(-0.3, 0.3, 500), rng.uniform(-0.2, 0.25, 500)
+    x, y = ARMS[arm].base[0] + rng.uniform(-0.25, 0.35, 500), rng.uniform(-0.2, 0.22, 500)
     q = ARMS[arm].joints(x, y)
     assert np.allclose(ARMS[arm].hand(q), np.stack([x, y], axis=-1), atol=1e-9)
     near = np.hypot(x - HOME[arm][0], y - HOME[arm][1]) < 0.25
@@ -128,7 +128,7 @@ def test_a_gripper_that_closes_beside_the_cards_holds_nothing():
     assert world.picks == []
 
 
-def test_a_card_let_go_beside_the_slot_is_not_placed():
+def test_a_card_let_go_beside_the_board_is_not_placed():
     world = _world(9)
     arm = _pick(world, 1)
     _go(world, arm, (0.0, -0.15), CLOSED)
