@@ -81,10 +81,11 @@ def plan() -> ServoPlan:
     """The servo of the simulated table: both arms with their grippers, chunks blended."""
     limits = AxisLimits(
         lower=(*LOWER.tolist(), 0.0),
-        upper=(*UPPER.tolist(), OPEN + 0.002),
-        velocity=(4.0,) * JOINTS + (0.4,),
-        acceleration=(20.0,) * JOINTS + (4.0,),
-        jerk=(600.0,) * JOINTS + (120.0,),
+        upper=(*UPPER.tolist(), OPEN),
+        # Those of the rig sim_arx_r5_bimanual.
+        velocity=(3.0, 3.0, 3.0, 4.0, 4.0, 4.0, 0.25),
+        acceleration=(15.0, 15.0, 15.0, 20.0, 20.0, 20.0, 3.0),
+        jerk=(400.0, 400.0, 400.0, 500.0, 500.0, 500.0, 100.0),
     )
     axes = JOINTS + 1
     return ServoPlan(

@@ -7,6 +7,7 @@ Time is the host's: every call first lets the device's own 1 ms cycles catch up 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -119,7 +120,106 @@ class Servos:
         return self.contact is not None and bool(self.position[-1] <= self.contact and self.target[-1] < self.contact)
 
 
-class SimArm:
+class FaultyArm:
+    """An arm's life and its faults on purpose; whoever derives from it says how its axes are read and driven."""
+
+    def __init__(
+        self, name: str, planned: Sequence[PlannedArmFault], switch: Path | None, now: Callable[[], int]
+    ) -> None:
+        self._name = name
+        self._now = now
+        self._faults = Faults(
+            [(fault.kind, fault.after, fault.lasts) for fault in planned], switch, get_args(ArmFault), now
+        )
+        self._state: ArmState | None = None
+        self._open = False
+        self._faulted = False
+
+    def open(self, rate: float) -> None:
+        """Connect; ``rate`` changes nothing. Raises DeviceNotFoundError, DeviceLostError as its faults want it."""
+        self._faults.start()
+        fault = self._faults.suffer()
+        if fault == "unplugged":
+            raise DeviceNotFoundError(f"found no {self._name}: it is unplugged on purpose (simulated)")
+        if fault == "silent":
+            raise DeviceLostError(f"{self._name}: no answer, on purpose (simulated)")
+        self._connect()
+        self._open = True
+        self.state()
+
+    def state(self) -> ArmState:
+        """The newest answer, at once. Raises DeviceLostError."""
+        fault = self._suffer()
+        self._pass(moving=fault != "frozen")
+        if fault == "silent" and self._state is not None:
+            return self._state  # the same answer again, as old as it is
+        state = self._read()
+        if fault == "nan":
+            state = replace(state, position=[float("nan")] * len(state.position))
+        if self._faulted:
+            state = replace(state, fault="a fault on purpose (simulated)")
+        self._state = state
+        return state
+
+    def command(self, position: npt.NDArray[np.float64]) -> None:
+        """Head for ``position`` [axes]. Raises DeviceLostError, ValueError for what is not finite."""
+        fault = self._suffer()
+        self._pass(moving=fault != "frozen")
+        target = np.array(position, np.float64)
+        axes = len(self._state.position) if self._state is not None else 0
+        if target.shape != (axes,) or not np.isfinite(target).all():
+            raise ValueError(f"{self._name}: found the command {target.tolist()}, expected {axes} finite numbers")
+        if fault != "silent" and not self._faulted:
+            self._send(target)
+
+    def stop(self) -> None:
+        """Hold: brake as hard as the axes can, and stay."""
+        self._pass(moving=self._suffer() != "frozen")
+        self._hold()
+
+    def clear(self) -> None:
+        """End a fault. Raises DeviceFaultError while it is still being injected."""
+        if self._suffer() == "fault":
+            raise DeviceFaultError(f"{self._name}: the fault on purpose is still there (simulated)")
+        self._faulted = False
+
+    def close(self) -> None:
+        """Let go; the axes hold."""
+        self._faults.stop()
+        self._open = False
+
+    def _suffer(self) -> str:
+        """The present fault, after what it does to every call."""
+        fault = self._faults.suffer()
+        if fault == "unplugged":
+            self._open = False
+        if not self._open:
+            raise DeviceLostError(f"{self._name}: no connection (simulated). Close it and open it again.")
+        if fault == "error":
+            raise RuntimeError("an error on purpose (simulated)")
+        if fault == "fault" and not self._faulted:
+            self._faulted = True
+            self._hold()
+        return fault
+
+    def _connect(self) -> None:
+        raise NotImplementedError
+
+    def _pass(self, moving: bool) -> None:
+        """Time has passed; ``moving``: whether the axes took part in it."""
+
+    def _read(self) -> ArmState:
+        raise NotImplementedError
+
+    def _send(self, target: Array) -> None:
+        raise NotImplementedError
+
+    def _hold(self) -> None:
+        """Head for where the axes come to rest if they brake now."""
+        raise NotImplementedError
+
+
+class SimArm(FaultyArm):
     """An arm of nothing but numbers. It starts where its options say, in every new process again."""
 
     OPTIONS: ClassVar[type[Options]] = SimArmOptions
@@ -132,20 +232,15 @@ class SimArm:
     )
 
     def __init__(self, options: SimArmOptions, now: Callable[[], int] = time.monotonic_ns) -> None:
+        super().__init__(options.body, options.faults, options.fault_switch, now)
         self.options = options
         self.body = BODIES[options.body]
         start = self.body.start if options.start is None else options.start
-        self._now = now
         self._servos = Servos(self.body, start, options.order, options.lag)
         self._servos.contact = options.object_width
-        planned = [(fault.kind, fault.after, fault.lasts) for fault in options.faults]
-        self._faults = Faults(planned, options.fault_switch, get_args(ArmFault), now)
         self._random = np.random.default_rng(options.seed)
         self._coming: deque[tuple[int, Array]] = deque()
         self._cycle = 0  # host time in device cycles
-        self._state: ArmState | None = None
-        self._open = False
-        self._faulted = False
 
     @property
     def axes(self) -> Sequence[str]:
@@ -156,90 +251,41 @@ class SimArm:
         """The limits of the device that this one stands for."""
         return self.body.bounds()
 
-    def open(self, rate: float) -> None:
-        """Connect; ``rate`` changes nothing. Raises DeviceNotFoundError, DeviceLostError as its faults want it."""
-        self._faults.start()
-        fault = self._faults.suffer()
-        if fault == "unplugged":
-            raise DeviceNotFoundError(f"found no {self.options.body}: it is unplugged on purpose (sim_arm)")
-        if fault == "silent":
-            raise DeviceLostError(f"{self.options.body}: no answer, on purpose (sim_arm)")
+    def _connect(self) -> None:
         if self._cycle == 0:
             self._cycle = self._now() // CYCLE_NS - 1
-        self._open = True
-        self.state()
 
-    def state(self) -> ArmState:
-        """The newest answer, at once. Raises DeviceLostError."""
-        fault = self._advance()
-        if fault == "silent" and self._state is not None:
-            return self._state  # the same answer again, as old as it is
+    def _read(self) -> ArmState:
         servos = self._servos
         position = servos.position
         if self.options.noise:
             position = position + self.options.noise * self._random.standard_normal(position.shape)
-        self._state = ArmState(
-            position=[float("nan")] * len(position) if fault == "nan" else position.tolist(),
+        return ArmState(
+            position=position.tolist(),
             captured_ns=self._cycle * CYCLE_NS,
             sequence=self._cycle,
             velocity=servos.velocity.tolist(),
             target=servos.target.tolist(),
-            fault="a fault on purpose (sim_arm)" if self._faulted else "",
         )
-        return self._state
 
-    def command(self, position: npt.NDArray[np.float64]) -> None:
-        """Head for ``position`` [axes]. Raises DeviceLostError, ValueError for what is not finite."""
-        fault = self._advance()
-        target = np.array(position, np.float64)
-        if target.shape != self._servos.position.shape or not np.isfinite(target).all():
-            raise ValueError(f"found the command {target.tolist()}, expected {len(self.axes)} finite numbers")
-        if fault != "silent" and not self._faulted:
-            self._coming.append((self._now() // CYCLE_NS + round(1e9 * self.options.delay / CYCLE_NS), target))
-
-    def stop(self) -> None:
-        """Hold: brake as hard as the axes can, and stay."""
-        self._advance()
-        self._hold()
-
-    def clear(self) -> None:
-        """End a fault. Raises DeviceFaultError while it is still being injected."""
-        if self._advance() == "fault":
-            raise DeviceFaultError(f"{self.options.body}: the fault on purpose is still there (sim_arm)")
-        self._faulted = False
-
-    def close(self) -> None:
-        """Let go; the axes hold."""
-        self._faults.stop()
-        self._open = False
+    def _send(self, target: Array) -> None:
+        self._coming.append((self._now() // CYCLE_NS + round(1e9 * self.options.delay / CYCLE_NS), target))
 
     def _hold(self) -> None:
-        """Head for where the axes come to rest if they brake now."""
         servos = self._servos
         self._coming.clear()
         servos.target = servos.position + np.sign(servos.velocity) * servos.velocity**2 / (2 * servos.strength)
 
-    def _advance(self) -> str:
-        """Let the device's cycles catch up with the host's time; the present fault."""
-        fault = self._faults.suffer()
-        if fault == "unplugged":
-            self._open = False
-        if not self._open:
-            raise DeviceLostError(f"{self.options.body}: no connection (sim_arm). Close it and open it again.")
-        if fault == "error":
-            raise RuntimeError("an error on purpose (sim_arm)")
-        if fault == "fault" and not self._faulted:
-            self._faulted = True
-            self._hold()
+    def _pass(self, moving: bool) -> None:
+        """Let the device's cycles catch up with the host's time."""
         until = self._now() // CYCLE_NS
         servos = self._servos
         for cycle in range(max(self._cycle, until - CATCH_UP), until):
             while self._coming and self._coming[0][0] <= cycle:
                 servos.target = self._coming.popleft()[1]
-            if fault != "frozen":
+            if moving:
                 servos.step()
         self._cycle = max(self._cycle, until)
-        return fault
 
 
 class SimGripper(SimArm):
@@ -255,7 +301,7 @@ class SimGripper(SimArm):
 
     def stop(self) -> None:
         """Stay; what is held stays held, since the target inside of it stays."""
-        self._advance()
+        self._pass(moving=self._suffer() != "frozen")
         if not self._servos.touches:
             self._hold()
 

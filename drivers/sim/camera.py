@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from chatvla_edge.drivers.errors import DeviceLostError, DeviceNotFoundError, DeviceUnsuitableError
-from chatvla_edge.drivers.protocols import CameraHealth, Frame, Options
+from chatvla_edge.drivers.protocols import CameraHealth, Frame, Image, Options
 from chatvla_edge.drivers.sim import stamp
 from chatvla_edge.drivers.sim.faults import LOOK_SECONDS, Faults, PlannedFault
 
@@ -46,10 +46,11 @@ class SimCameraOptions(Options):
     fault_switch: Path | None = None
 
 
-class SimCamera:
-    """A square moves over a background of coloured waves; the stamp (`drivers/sim/stamp.py`) is in the top eighth."""
+class PacedCamera:
+    """A camera that is asked for its picture when one is due, and all that may be wrong with it.
 
-    OPTIONS: ClassVar[type[Options]] = SimCameraOptions
+    Whoever derives from it says what is seen (`_start`, `_see`); rate, numbers and faults are the same for all.
+    """
 
     def __init__(
         self,
@@ -61,21 +62,18 @@ class SimCamera:
         self._now, self._sleep = now, sleep
         planned = [(fault.kind, fault.after, fault.lasts) for fault in options.faults]
         self._faults = Faults(planned, options.fault_switch, get_args(CameraFault), now)
+        self._image: Image | None = None
         self._open = False
 
     def open(self, height: int, width: int, rate: float) -> None:
-        """Start the stream, at once. Raises DeviceNotFoundError while unplugged, DeviceUnsuitableError."""
+        """Start the stream. Raises DeviceNotFoundError while unplugged, and what `_start` raises."""
         self._faults.start()
         if self._faults.suffer() == "unplugged":
-            raise DeviceNotFoundError("found no camera: it is unplugged on purpose (sim_camera)")
-        if height < stamp.SMALLEST[0] or width < stamp.SMALLEST[1]:
-            least = "x".join(map(str, stamp.SMALLEST))
-            raise DeviceUnsuitableError(f"found {height}x{width} for a sim_camera, expected at least {least}")
+            raise DeviceNotFoundError("found no camera: it is unplugged on purpose (a simulated camera)")
         self._period_ns = round(1e9 / rate)
         self._latency_ns = round(1e9 * self.options.latency)
-        self._background = _waves(height, 2 * width, self.options.seed)
-        self._image = np.empty((height, width, 3), np.uint8)
-        self._shown = -1  # the number of the picture that stands in _image
+        self._start(height, width)
+        self._image = None
         self._begin_ns = self._now()
         self._last = -1
         self._health = CameraHealth()
@@ -89,9 +87,9 @@ class SimCamera:
             if fault == "unplugged":
                 self._open = False
             if not self._open:
-                raise DeviceLostError("the stream has ended (sim_camera). Close the camera and open it again.")
+                raise DeviceLostError("the stream has ended (a simulated camera). Close it and open it again.")
             if fault == "error":
-                raise RuntimeError("an error on purpose (sim_camera)")
+                raise RuntimeError("an error on purpose (a simulated camera)")
             now_ns = self._now()
             due = (now_ns - self._begin_ns - self._latency_ns) // self._period_ns
             if fault == "slow":
@@ -99,11 +97,11 @@ class SimCamera:
             if due > self._last and fault != "silent":
                 return self._frame(due, fault)
             if now_ns >= end_ns:
-                raise TimeoutError(f"no frame within {timeout} s (sim_camera)")
+                raise TimeoutError(f"no frame within {timeout} s (a simulated camera)")
             next_ns = self._begin_ns + self._latency_ns + (self._last + 1) * self._period_ns
             wait = min(max(next_ns - now_ns, 0), end_ns - now_ns) * 1e-9
             # A camera that is silent or slow, or whose switch may be thrown, is asked again before long.
-            self._sleep(max(min(wait, LOOK_SECONDS) if fault or wait > LOOK_SECONDS else wait, 1e-4))
+            self._sleep(max(min(wait, LOOK_SECONDS), 1e-4))
 
     def health(self) -> CameraHealth:
         """What was counted."""
@@ -114,21 +112,43 @@ class SimCamera:
         self._faults.stop()
         self._open = False
 
+    def _start(self, height: int, width: int) -> None:
+        raise NotImplementedError
+
+    def _see(self, number: int, due_ns: int) -> tuple[Image, int]:
+        """The picture number ``number`` of the instant ``due_ns``, and the host time that it really shows."""
+        raise NotImplementedError
+
+    def _facts(self) -> dict[str, str | int | float | bool]:
+        return {}
+
     def _frame(self, number: int, fault: str) -> Frame:
         captured_ns = self._begin_ns + number * self._period_ns
-        if fault == "black":
-            self._image[:] = 0
-        elif fault != "frozen" or self._shown < 0:
-            self._draw(number, captured_ns)
+        if self._image is None or fault not in ("frozen", "black"):
+            self._image, captured_ns = self._see(number, captured_ns)
+        image = np.zeros_like(self._image) if fault == "black" else self._image
         health = self._health
-        self._health = CameraHealth(health.frames + 1, health.lost + number - self._last - 1, 0, 0)
+        self._health = CameraHealth(health.frames + 1, health.lost + number - self._last - 1, facts=self._facts())
         self._last = number
         if fault == "clock_step":
             captured_ns -= STEP_NS
-        return Frame(self._image, captured_ns, self._now(), number, "device")
+        return Frame(image, captured_ns, self._now(), number, "device")
 
-    def _draw(self, number: int, captured_ns: int) -> None:
-        image = self._image
+
+class SimCamera(PacedCamera):
+    """A square moves over a background of coloured waves; the stamp (`drivers/sim/stamp.py`) is in the top eighth."""
+
+    OPTIONS: ClassVar[type[Options]] = SimCameraOptions
+
+    def _start(self, height: int, width: int) -> None:
+        if height < stamp.SMALLEST[0] or width < stamp.SMALLEST[1]:
+            least = "x".join(map(str, stamp.SMALLEST))
+            raise DeviceUnsuitableError(f"found {height}x{width} for a sim_camera, expected at least {least}")
+        self._background = _waves(height, 2 * width, self.options.seed)
+        self._canvas = np.empty((height, width, 3), np.uint8)
+
+    def _see(self, number: int, due_ns: int) -> tuple[Image, int]:
+        image = self._canvas
         height, width = image.shape[:2]
         left = 3 * number % width
         image[:] = self._background[:, left : left + width]
@@ -136,8 +156,8 @@ class SimCamera:
         top = height // SQUARE + 2 * number % (height - side - height // SQUARE)
         across = 5 * number % (width - side)
         image[top : top + side, across : across + side] = (250, 200, 40)
-        stamp.write(image, number, captured_ns)
-        self._shown = number
+        stamp.write(image, number, due_ns)
+        return image, due_ns
 
 
 def _waves(height: int, width: int, seed: int) -> npt.NDArray[np.uint8]:
