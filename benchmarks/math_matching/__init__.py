@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of its own."""
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the nano checkpoint)")
     parser.add_argument("--trials", type=int, help="of each split and variant (default 20; --quick 2)")
-    parser.add_argument("--variants", help="comma-separated (default fp32,int8,int4,experts int4)")
+    parser.add_argument("--variants", help="comma-separated (default fp32,int8,int4-row)")
     parser.add_argument("--work", type=Path, help="folder that keeps bundles and trials (default: a temporary one)")
     parser.add_argument("--highest", type=int, default=9, help="largest number on a card, as it was trained")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet of fp32 trials")
@@ -34,7 +34,7 @@ def run(options: Namespace) -> "Report":
     from chatvla_edge.benchmarks.math_matching.evaluate import VARIANTS, contact_sheet, report, trials
     from chatvla_edge.export.nano import checkpoint as nano
 
-    names = (options.variants or "fp32,int8,int4,experts int4").split(",")
+    names = (options.variants or "fp32,int8,int4-row").split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"found the variants {', '.join(unknown)}, expected some of: {', '.join(VARIANTS)}")
     if "fp32" not in names:

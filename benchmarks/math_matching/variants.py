@@ -28,8 +28,9 @@ from chatvla_edge.runtime.policy import Policy
 
 MAX_REASONING = 80
 
-BUNDLES = ("fp32", "int8", "int4")
-"""Precisions of the exporter: int8 and int4 hold every large matrix in blocks of 128."""
+BUNDLES = ("fp32", "int8", "int8-row", "int4-row", "int4")
+"""Precisions of the exporter: int8 and int4 hold every large matrix in blocks of 128, int8-row in rows; int4-row holds
+the experts in int4 blocks and the rest as int8-row."""
 
 Tensors = dict[str, Tensor]
 

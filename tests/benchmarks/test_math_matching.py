@@ -282,12 +282,12 @@ def test_an_interval_holds_its_rate_and_stays_within_0_and_1():
 def test_a_report_says_which_gates_hold():
     base = [_trial(seed, split, True) for seed in range(5) for split in SPLITS]
     spoilt = [_trial(seed, split, False, "y") for seed in range(5) for split in SPLITS]
-    found = evaluate.report({"fp32": base, "int8": base, "int4": spoilt, "top-1": spoilt, "experts int2": base})
+    found = evaluate.report({"fp32": base, "int8": base, "int4-row": spoilt, "top-1": spoilt, "experts int2": base})
     verdicts = {goal.name: goal.ok for goal in found.goals}
     assert verdicts["int8: success lost"]
-    assert not verdicts["int4: success lost"]
-    assert verdicts["top-1 fails the gates of int4"]
-    assert not verdicts["experts int2 fails the gates of int4"]
+    assert not verdicts["int4-row: success lost"]
+    assert verdicts["top-1 fails the gates of int4 experts"]
+    assert not verdicts["experts int2 fails the gates of int4 experts"]
 
 
 def test_rounding_to_bits_keeps_what_the_bits_can_hold():
