@@ -5,8 +5,10 @@ A driver from elsewhere (a patched SDK, an arm of one's own) registers itself as
 group ``chatvla_edge.drivers``, for example ``cameras.l515_port = "my_package:L515Port"``.
 """
 
+import json
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, Literal, get_args
 
 from chatvla_edge.drivers.errors import DriverError
@@ -20,9 +22,30 @@ _ROOM = "chatvla_edge.drivers"
 
 # role -> name in rig files -> module of this room : class
 OURS: dict[Role, dict[str, str]] = {
-    "cameras": {},
-    "arms": {},
-    "enable": {},
+    "cameras": {
+        "realsense": "cameras.realsense:RealSense",
+        "mujoco": "sim.mujoco_world:MujocoCamera",
+        "recording": "cameras.recording:Recording",
+        "sim_camera": "sim.camera:SimCamera",
+        "uvc": "cameras.uvc:Uvc",
+        "zed": "cameras.zed:Zed",
+        "zed_uvc": "cameras.zed:ZedUvc",
+    },
+    "arms": {
+        "arx5": "arms.arx5:Arx5",
+        "franka_rs": "arms.franka_rs:FrankaRs",
+        "franky": "arms.franky:Franky",
+        "mujoco": "sim.mujoco_world:MujocoArm",
+        "robotiq_2f85": "grippers.robotiq:Robotiq",
+        "sim_arm": "sim.arm:SimArm",
+        "sim_gripper": "sim.arm:SimGripper",
+    },
+    "enable": {
+        "gpio": "enable.gpio:Gpio",
+        "hid": "enable.hid:Hid",
+        "serial_loop": "enable.serial_loop:SerialLoop",
+        "sim_switch": "sim.switch:SimSwitch",
+    },
 }
 
 
@@ -30,12 +53,15 @@ class UnknownDriverError(DriverError):
     """A rig file names a driver that is not here."""
 
 
+@cache
+def _registered() -> EntryPoints:
+    return entry_points(group=GROUP)  # reads every installed package's metadata, so once
+
+
 def known(role: Role) -> dict[str, str]:
     """Name -> ``module:class`` of every driver of a role, ours and registered ones. Ours cannot be replaced."""
     others = {
-        entry.name.removeprefix(f"{role}."): entry.value
-        for entry in entry_points(group=GROUP)
-        if entry.name.startswith(f"{role}.")
+        entry.name.removeprefix(f"{role}."): entry.value for entry in _registered() if entry.name.startswith(f"{role}.")
     }
     return others | {name: f"{_ROOM}.{place}" for name, place in OURS[role].items()}
 
@@ -56,12 +82,17 @@ def load(role: Role, name: str) -> Any:
 
 
 def options(role: Role, name: str, values: dict[str, Any]) -> Options:
-    """The checked options of a driver. Raises UnknownDriverError, pydantic.ValidationError."""
-    model: type[Options] = load(role, name).OPTIONS
-    return model.model_validate(values)
+    """The checked options of a driver, from JSON values. Raises UnknownDriverError, pydantic.ValidationError."""
+    return _options(load(role, name), values)
 
 
 def create(role: Role, name: str, values: dict[str, Any]) -> Any:
     """A driver with its options, not opened. Raises UnknownDriverError, pydantic.ValidationError."""
     driver = load(role, name)
-    return driver(driver.OPTIONS.model_validate(values))
+    return driver(_options(driver, values))
+
+
+def _options(driver: Any, values: dict[str, Any]) -> Options:
+    model: type[Options] = driver.OPTIONS
+    # As JSON, strictly: a list is a tuple and a text a path there, but `true` is no number and "5" none either.
+    return model.model_validate_json(json.dumps(values), strict=True)

@@ -246,7 +246,13 @@ def export(
         str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
     ],
     target: Annotated[str, typer.Option(help="cpu (the others are not built yet).")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, int8 (block-wise) or int4 (blocks of 128).")] = "int8",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; int8 or int4 (blocks of 128, with or without outliers); int8-row or int4-row (one scale per "
+            "row: integer products, several times faster for many rows; see docs/decisions.md)."
+        ),
+    ] = "int8",
     base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
     task: Annotated[str | None, typer.Option(help="Task, where the statistics hold several.")] = None,
     max_reasoning: Annotated[int, typer.Option(help="Longest reasoning, in tokens.", min=1)] = 256,
@@ -257,10 +263,13 @@ def export(
         bool, typer.Option("--dry-run", help="Check everything that needs no weights, write nothing.")
     ] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle that a robot loads. A killed export leaves nothing that loads."""
+    """Turn a checkpoint into a bundle that a robot loads.
+
+    An export that was interrupted or killed leaves nothing that loads; called again, it goes on where it stopped.
+    """
     from chatvla_edge.export import robots
     from chatvla_edge.export.checkpoint.reader import open_checkpoint
-    from chatvla_edge.export.exporter import Settings, export, plan
+    from chatvla_edge.export.exporter import READING, Settings, export, plan
 
     if robot == "list":
         console.print("\n".join(robots.names()))
@@ -286,15 +295,18 @@ def export(
         console.print(table)
         return
     with _progress() as bar:
-        tasks = {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
-
-        def advance(name: str, count: int) -> None:
-            if name == "judging":
-                bar.console.print("judging the engines by the reference (probes) ...")
-            else:
-                bar.advance(tasks[name], count)
-
-        bundle = export(checkpoint, output, settings, advance)
+        tasks = {READING: bar.add_task("reading the checkpoint", total=checkpoint.nbytes)}
+        tasks |= {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
+        try:
+            bundle = export(
+                checkpoint,
+                output,
+                settings,
+                lambda name, count: bar.advance(tasks[name], count),
+                lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
+            )
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None  # what is kept was said
     failed = [result.name for result in bundle.manifest.gates.results if result.verdict == "failed"]
     console.print(f"{output}: {target} {precision}, {bundle.size:,} bytes", highlight=False)
     if failed:

@@ -1,10 +1,12 @@
 """Commands around bundles, for the robot: no torch. Light at import: engines load only where one is needed."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -13,11 +15,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from chatvla_edge.runtime.daemon.commands import app as daemon
+
 if TYPE_CHECKING:
     from chatvla_edge.runtime.bundle import Bundle, GateResult
+    from chatvla_edge.runtime.gates import Part
     from chatvla_edge.runtime.policy import Answer
 
+    Comparison = Callable[..., tuple[list[GateResult], list[Part] | None]]
+
 app = typer.Typer()
+app.add_typer(daemon)
 console = Console()
 
 BundlePath = Annotated[Path, typer.Argument(help="Bundle directory.", exists=True, file_okay=False)]
@@ -73,22 +81,126 @@ def inspect(path: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command("verify")
-def verify(path: BundlePath, threads: ThreadCount = 1, as_json: AsJson = False) -> None:
-    """Run the bundle's probes through its engines on this machine; exit code 1 when a gate fails."""
+def verify(
+    path: BundlePath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was exported from: judge by that instead of the bundle's own probes."),
+    ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first stage and layer that diverge; needs --checkpoint.")
+    ] = False,
+    base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, where the checkpoint's statistics hold several.")] = None,
+    probes: Annotated[int, typer.Option(help="Observations to ask the checkpoint about.", min=1)] = 2,
+    threads: ThreadCount = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a bundle computes what its checkpoint computes; exit code 1 when a gate fails or a layer diverges.
+
+    By itself, a bundle is judged on this machine by the probes that travel with it. With --checkpoint, on a
+    workstation, the reference is built anew and asked about observations that no bundle has seen.
+    """
     from chatvla_edge.runtime.gates import judge, read_probe
 
+    if checkpoint is None and (bisect or base is not None or task is not None):
+        raise typer.BadParameter("layers are compared with a checkpoint: name it", param_hint="--checkpoint")
+    parts: list[Part] | None = None
     with _opened(path) as bundle:
         manifest = bundle.manifest
-        if not manifest.probes:
-            raise ValueError(f"{path} was exported without probes: there is nothing to compare with")
-        probes = {name: read_probe(bundle.read(name)) for name in manifest.probes}
-        results = judge(path, manifest, probes, threads)
+        if checkpoint is not None:
+            compare = _comparison()
+            with Console(stderr=True).status("opening the checkpoint") as status:
+                results, parts = compare(
+                    bundle,
+                    checkpoint,
+                    base=base,
+                    task=task,
+                    probes=probes,
+                    threads=threads,
+                    bisected=bisect,
+                    say=status.update,
+                )
+        elif not manifest.probes:
+            raise ValueError(
+                f"{path} was exported without probes: there is nothing in it to compare with. On a workstation, judge "
+                "it by its checkpoint: --checkpoint"
+            )
+        else:
+            results = judge(path, manifest, {name: read_probe(bundle.read(name)) for name in manifest.probes}, threads)
+    diverging = [part for part in parts or [] if part.diverges]
     if as_json:
-        typer.echo(json.dumps([result.model_dump() for result in results], indent=2))
+        typer.echo(json.dumps(_verdict(results, parts, checkpoint), indent=2))
     else:
         _show_gates(results)
-    if any(result.verdict == "failed" for result in results):
+        _show_failures(results)
+        if parts is not None:
+            _show_parts(parts)
+    if diverging or any(result.verdict == "failed" for result in results):
         raise typer.Exit(1)
+
+
+def _comparison() -> "Comparison":
+    """What compares a bundle with a checkpoint: the export room brings it, the robot has none."""
+    for entry in entry_points(group="chatvla_edge.verify"):
+        return cast("Comparison", entry.load())
+    raise ValueError(
+        "this installation cannot compare with a checkpoint: it has no entry point in chatvla_edge.verify. Install it "
+        "again: ./dev setup, or pip install 'chatvla-edge[export]'"
+    )
+
+
+def _verdict(results: "list[GateResult]", parts: "list[Part] | None", checkpoint: Path | None) -> dict[str, Any]:
+    from chatvla_edge.runtime.gates import meaning
+
+    def fields(part: "Part") -> dict[str, Any]:
+        # JSON has no NaN: a part without numbers has null.
+        found = {
+            name: value if math.isfinite(value) else None for name, value in vars(part).items() if type(value) is float
+        }
+        return {**vars(part), **found, "diverges": part.diverges, "name": part.name}
+
+    diverging = [part for part in parts or [] if part.diverges]
+    return {
+        "reference": "the probes in the bundle" if checkpoint is None else str(checkpoint),
+        "gates": [
+            {**result.model_dump(), **({"meaning": meaning(result)} if result.verdict == "failed" else {})}
+            for result in results
+        ],
+        "parts": None if parts is None else [fields(part) for part in parts],
+        "first_divergence": diverging[0].name if diverging else None,
+    }
+
+
+def _show_failures(results: "list[GateResult]") -> None:
+    from chatvla_edge.runtime.gates import meaning
+
+    for result in results:
+        if result.verdict == "failed":
+            console.print(Text.assemble((result.name, "red"), f": {meaning(result)}"))
+
+
+def _show_parts(parts: "list[Part]") -> None:
+    table = Table("stage", "part", "relative RMS", "limit", "cosine", "routing", "")
+    for part in parts:
+        table.add_row(
+            Text(part.stage),
+            " ".join(filter(None, (part.place, part.what))),
+            f"{part.rms:.2e}",
+            f"{part.limit:.0e}",
+            f"{part.cosine:.6f}",
+            "" if part.routing is None else f"{100 * part.routing:.1f} %",
+            Text("diverges", style="red") if part.diverges else "",
+        )
+    console.print(table)
+    diverging = [part for part in parts if part.diverges]
+    if not diverging:
+        console.print("no part diverges: each computes what the reference does of the same input")
+        return
+    console.print(Text.assemble(("first to diverge: ", "red"), diverging[0].name))
+    if len(diverging) > 1:
+        # Each part was fed the reference's numbers, so these do not follow from the first.
+        console.print(Text("by themselves, too: " + "; ".join(part.name for part in diverging[1:])))
 
 
 def _show_gates(results: "list[GateResult]") -> None:

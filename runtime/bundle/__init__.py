@@ -24,6 +24,7 @@ from .manifest import (
 )
 from .preprocessing import CenterCrop, Jpeg, Resize, Rotate180, Step, size_after
 from .reading import Bundle, Progress, open_bundle
+from .resuming import ResumableWriter
 from .semantics import (
     Arm,
     Gripper,
@@ -88,6 +89,7 @@ __all__ = [
     "Provenance",
     "Reasoning",
     "Resize",
+    "ResumableWriter",
     "RigNeeds",
     "Rotate180",
     "Sampler",

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import stages, tiny
 
-from chatvla_edge.export.lower.onnxruntime import PRECISIONS
 from chatvla_edge.export.model.policy import ChatVLA2
+from chatvla_edge.export.quantize import PRECISIONS
 from chatvla_edge.export.spec import ExpertsSpec
 from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.weights import Parameters
