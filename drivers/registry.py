@@ -25,13 +25,22 @@ OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
         "mujoco": "sim.mujoco_world:MujocoCamera",
+        "recording": "cameras.recording:Recording",
         "sim_camera": "sim.camera:SimCamera",
+        "tabletop": "sim.tabletop_world:TabletopCamera",
+        "uvc": "cameras.uvc:Uvc",
+        "zed": "cameras.zed:Zed",
+        "zed_uvc": "cameras.zed:ZedUvc",
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
+        "franka_rs": "arms.franka_rs:FrankaRs",
+        "franky": "arms.franky:Franky",
         "mujoco": "sim.mujoco_world:MujocoArm",
+        "robotiq_2f85": "grippers.robotiq:Robotiq",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
+        "tabletop": "sim.tabletop_world:TabletopArm",
     },
     "enable": {
         "gpio": "enable.gpio:Gpio",
