@@ -5,10 +5,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from support.cameras import PYTHON, CameraRun, orphan
 
+from chatvla_edge.drivers.rig import Native
+from chatvla_edge.drivers.sim import stamp
+from chatvla_edge.drivers.sim.camera import SimCamera, SimCameraOptions
 from chatvla_edge.runtime.camera_frames import CameraSegments, FrameWriter
 from chatvla_edge.runtime.camera_process import GAVE_UP, HUNG, NO_USE
 
@@ -173,3 +177,16 @@ def test_a_call_that_never_returns_ends_the_process(hopeless):
 @pytest.mark.slow
 def test_a_call_that_keeps_the_interpreters_lock_is_ended_by_the_kernel(hopeless):
     assert hopeless["deaf"].ended(40)[0] == -signal.SIGALRM
+
+
+def test_frames_of_a_larger_device_are_scaled_as_the_rig_says_before_they_are_published():
+    native = Native(height=720, width=1280, filter="bilinear_cv2")
+    with CameraRun("sim_camera", {}, height=270, width=480, native=native) as camera:
+        camera.streaming()
+        frame = camera.reader.newest()
+        assert frame.image.shape == (270, 480, 3)
+        assert stamp.read(frame.image) == (frame.sequence, frame.captured_ns)
+    device = SimCamera(SimCameraOptions())
+    device.open(720, 1280, 30.0)
+    image, _ = device._see(frame.sequence, frame.captured_ns)
+    np.testing.assert_array_equal(frame.image, cv2.resize(image, (480, 270), interpolation=cv2.INTER_LINEAR))
