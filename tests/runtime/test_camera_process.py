@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_every_frame_is_published_once_and_sigterm_ends_the_process():
         assert len(set(numbers)) == len(numbers)
         assert camera.status.facts == {"kind": "test"}
         assert camera.terminate()[0] == 0
+
+
+@pytest.mark.parametrize("priority", [None, 5])
+def test_the_loop_runs_where_and_as_it_is_told(priority):
+    with CameraRun(DRIVER, {}, cpus=[0], priority=priority, python=Path(sys.executable)) as camera:
+        camera.streaming()
+        tasks = Path(f"/proc/{camera.process.pid}/task").glob("*/status")
+        assert any("Cpus_allowed_list:\t0\n" in task.read_text() for task in tasks)
+        code, words = camera.terminate()
+        assert code == 0
+        # Whether FIFO is permitted depends on the machine; that it was asked for does not.
+        assert ("obtained" in words or "refused" in words) == (priority is not None)
 
 
 def test_silence_is_told_then_the_camera_is_opened_again():
