@@ -62,7 +62,7 @@ BACKOFF = (0.2, 0.5, 1.0, 2.0, 4.0)
 GOOD_SECONDS = 10.0  # of streaming, after which earlier failures are forgotten
 OPENING = 45.0  # s: `open` may take 10, and may reset the device before it
 HANG = 3.0  # s: `read` waits for 0.1
-LEAVE = 2.0  # s for `close`
+LEAVE = 1.0  # s for `close`
 FROZEN_INTERPRETER = 10  # s
 GAVE_UP, NO_USE, HUNG = 1, 3, 4  # exit codes
 
