@@ -1,11 +1,11 @@
 """Checkpoint -> bundle: lay out the stages, lower them, stream their weights, judge them by probes, put them in place.
 
 Everything that can be refused is refused before the first byte is written: layout and lowering take milliseconds, and a
-target that cannot run what it would get says so then.
+target that cannot run what it would get says so then. What takes longer is done in steps, each finished for good: an
+export that was interrupted goes on where it stopped (`ResumableWriter`).
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,14 @@ from pathlib import Path
 from onnx import helper
 from pydantic import BaseModel
 
+from chatvla_edge.export import identity
+from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
+from chatvla_edge.export.probes import INSTRUCTION, dequantized, observation, probe_file, reference, scenes
 from chatvla_edge.export.quantize import Precision
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec
@@ -29,7 +31,7 @@ from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, read_probe
+from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -41,7 +43,10 @@ MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 
 Progress = Callable[[str, int], None]
-"""Stage, bytes of it written just now."""
+"""Stage (or READING: the checkpoint), bytes of it done just now."""
+READING = "checkpoint"
+Say = Callable[[str], None]
+"""A sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -96,42 +101,138 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     return Plan(tuple(cpu.lower(graph, spec, target) for graph in graphs), capacity, target.form)
 
 
-def export(checkpoint: Checkpoint, destination: Path, settings: Settings, progress: Progress) -> b.Bundle:
-    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes."""
-    planned, cameras, head = plan(checkpoint, settings), settings.robot.cameras, checkpoint.spec.head
-    assert head is not None
-    model = checkpoint.model() if settings.gates else None
+def export(
+    checkpoint: Checkpoint,
+    destination: Path,
+    settings: Settings,
+    progress: Progress,
+    say: Say = lambda _line: None,
+) -> b.Bundle:
+    """Write a bundle. Raises ValueError, in seconds, for what the target cannot run; GateError after the probes.
 
-    with b.BundleWriter(destination) as writer:
-        for graph in planned.graphs:
-            graph.save(writer.path(_file(graph)), partial(progress, graph.name))
-        writer.add(TOKENIZER, _tokenizer(checkpoint).encode())
-        contents = _contents(checkpoint, settings, planned)
-        probes: list[str] = []
-        if model is not None:
-            prompt = checkpoint.prompt()
-            preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
-            normalization = checkpoint.normalization(settings.task)
-            progress("judging", 0)
-            held = dequantized(model, planned.form)
-            arrays = {}
-            sizes = [(camera.height, camera.width) for camera in cameras]
-            for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
-                common = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
-                data = probe_file(
-                    scene,
-                    {
-                        "lowering_parity": reference(held, *common),
-                        "quantization_error": reference(model, *common),
-                    },
-                )
-                probes.append(f"probes/{index}.npz")
-                writer.add(probes[-1], data)
-                arrays[probes[-1]] = read_probe(data)
-            results = judge(writer.directory, contents, arrays, settings.threads)
-            contents = _judged(contents, results, probes, settings)
-        writer.add(PARITY, _json(contents.gates))
-        return writer.commit(contents)
+    Interrupted, it keeps the steps that were finished and says so; the next call with the same checkpoint and settings
+    goes on from there.
+    """
+    planned = plan(checkpoint, settings)
+    with b.ResumableWriter(destination) as writer:
+        try:
+            return _write(checkpoint, settings, planned, writer, progress, say)
+        except BaseException:
+            say(_kept(writer))
+            raise
+
+
+def _write(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    planned: Plan,
+    writer: b.ResumableWriter,
+    progress: Progress,
+    say: Say,
+) -> b.Bundle:
+    stamp = identity.stamp(checkpoint)
+    digest = identity.checkpoint_digest(checkpoint, partial(progress, READING))
+    common: dict[str, object] = {
+        "checkpoint": digest,
+        "spec": checkpoint.spec.model_dump(mode="json"),
+        "robot": settings.robot.model_dump(mode="json"),
+        "target": settings.target,
+        "precision": settings.precision,
+        "tools": identity.tools(),
+        "source": identity.source_digest(),
+    }
+    for graph in planned.graphs:
+        key = identity.key(common, graph.digest())
+        if writer.take_over(graph.name, key, partial(progress, graph.name)):
+            say(f"{graph.name}: finished earlier, verified")
+            continue
+        with writer.step(graph.name, key):
+            graph.write(_file(graph), writer.create, partial(progress, graph.name))
+            identity.require_unchanged(checkpoint, stamp)
+    tokenizer = _tokenizer(checkpoint).encode()
+    writer.add(TOKENIZER, tokenizer)
+    contents = _contents(checkpoint, settings, planned, digest)
+    if settings.gates:
+        common |= {
+            "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+            "normalization": contents.normalization.model_dump(mode="json"),
+            "max_reasoning": settings.max_reasoning,
+        }
+        probes = _probes(checkpoint, settings, planned, writer, common, say)
+        identity.require_unchanged(checkpoint, stamp)
+        arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
+        say("judging the engines by the reference (probes) ...")
+        results = judge(writer.directory, contents, arrays, settings.threads)
+        parts = _parts(checkpoint, settings, planned, contents, writer.directory)
+        contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
+    writer.add(PARITY, _json(contents.gates))
+    return writer.commit(contents)
+
+
+def _probes(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    planned: Plan,
+    writer: b.ResumableWriter,
+    common: dict[str, object],
+    say: Say,
+) -> list[str]:
+    """The probe files: observations, and what the reference makes of them."""
+    names = [f"probes/{index}.npz" for index in range(settings.probes)]
+    todo = {}
+    for index, name in enumerate(names):
+        key = identity.key(common, name)
+        if writer.take_over(name, key):
+            say(f"{name}: finished earlier, verified")
+        else:
+            todo[index] = key
+    if not todo:
+        return names
+    head, cameras = checkpoint.spec.head, settings.robot.cameras
+    assert head is not None
+    say("running the reference over the probes ...")
+    model = checkpoint.model()
+    held = dequantized(model, planned.form)
+    prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
+    preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
+    named = {camera.name: steps for camera, steps in zip(cameras, preprocessing, strict=True)}
+    sizes = [(camera.height, camera.width) for camera in cameras]
+    for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
+        if index not in todo:
+            continue
+        given = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
+        outputs = {"lowering_parity": reference(held, *given), "quantization_error": reference(model, *given)}
+        with writer.step(names[index], todo[index]):
+            seen = observation(checkpoint.spec, named, prompt, normalization, scene)
+            writer.add(names[index], probe_file(seen, outputs))
+    return names
+
+
+def _parts(
+    checkpoint: Checkpoint, settings: Settings, planned: Plan, contents: b.Contents, directory: Path
+) -> list[Part]:
+    """Every part of every stage by itself, beside the reference."""
+    head, cameras = checkpoint.spec.head, settings.robot.cameras
+    assert head is not None
+    prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
+    named = {camera.name: Preprocessing(camera.preprocessing) for camera in cameras}
+    sizes = [(camera.height, camera.width) for camera in cameras]
+    (scene,) = scenes(1, sizes, normalization, head.horizon)
+    seen = observation(checkpoint.spec, named, prompt, normalization, scene)
+    held = dequantized(checkpoint.model(), planned.form)
+    return bisect(directory, contents, held, seen, settings.threads)
+
+
+def _kept(writer: b.ResumableWriter) -> str:
+    """What an export that did not finish leaves behind."""
+    steps = writer.finished
+    if not steps:
+        return "stopped: no step was finished, nothing is kept"
+    size = sum(step.bytes for step in steps.values())
+    return (
+        f"stopped: {', '.join(steps)} ({size:,} bytes) finished and kept in {writer.directory}; the same call goes on "
+        "from there. Remove that directory to give them up"
+    )
 
 
 def _fits(robot: Robot, head: HeadSpec) -> None:
@@ -145,13 +246,22 @@ def _fits(robot: Robot, head: HeadSpec) -> None:
             )
 
 
-def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
+def _judged(
+    contents: b.Contents,
+    results: Sequence[b.GateResult],
+    parts: Sequence[Part],
+    probes: list[str],
+    settings: Settings,
+) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
-        lines = "; ".join(f"{result.name}: {result.value} (limit {result.limit})" for result in failed)
+        lines = "; ".join(
+            f"{result.name}: {result.value} (limit {result.limit}), {meaning(result)}" for result in failed
+        )
+        first = next((f"The first part to diverge: {part.name}. " for part in parts if part.diverges), "")
         raise GateError(
-            f"the engines do not compute what the checkpoint computes: {lines}. Nothing was written. Choose a higher "
-            "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
+            f"the engines do not compute what the checkpoint computes: {lines}. {first}No bundle was written. Choose a "
+            "higher precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
         )
     gates = b.Gates(results=tuple(results), allowed_failed_gates=tuple(result.name for result in failed))
     return contents.model_copy(update={"gates": gates, "probes": tuple(probes)})
@@ -183,7 +293,7 @@ def _json(value: BaseModel) -> bytes:
 # ------------------------------------------------------------------------------------------------------ the manifest
 
 
-def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Contents:
+def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest: str) -> b.Contents:
     spec, robot = checkpoint.spec, settings.robot
     head, tokens = spec.head, spec.tokens
     assert head is not None
@@ -192,7 +302,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Co
     by_name = {graph.name: graph for graph in planned.graphs}
     visions = [(grid, by_name[f"vision_{grid[0]}x{grid[1]}"]) for grid in sorted({c.grid for c in robot.cameras})]
     dump = spec.model_dump()
-    version = importlib.metadata.version
+    tools = identity.tools()
     dims = {
         "T": (2, 2, capacity),
         "I": (0, 99, capacity),
@@ -263,7 +373,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Co
         target=b.Target(
             name="cpu",
             engine=b.Engine(
-                kind="onnxruntime", lowered_with=_numbers(version("onnxruntime")), at_least="1.22", below=None
+                kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
             ),
             sm=(),
             jetpack=None,
@@ -293,13 +403,10 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan) -> b.Co
         documents=(),
         gates=b.Gates(results=(), allowed_failed_gates=()),
         provenance=b.Provenance(
-            checkpoint_sha256=_identity(checkpoint),
+            checkpoint_sha256=digest,
             checkpoint_name=checkpoint.path.name,
             variant=spec.variant,
-            tools={
-                name: version(name)
-                for name in ("chatvla-edge", "onnx", "onnxruntime", "torch", "transformers", "numpy")
-            },
+            tools=tools,
             calibration=None,
             created=None,
         ),
@@ -319,13 +426,3 @@ def _triple(values: Iterable[float]) -> tuple[float, float, float]:
 
 def _numbers(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:3])
-
-
-def _identity(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, shapes, dtypes and 4096 values of every tensor: the checkpoint without reading all of it."""
-    digest = hashlib.sha256()
-    for name, entry in checkpoint.entries.items():
-        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
-        flat = entry.load().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 4096)].float().numpy().tobytes())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chatvla_edge.export.model import ddim
+from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.model.experts import Router
 from chatvla_edge.export.model.fusion import prompt_mean, reasoning_mean
 from chatvla_edge.export.model.images import Preprocessing, patches
@@ -21,6 +22,7 @@ from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
 from chatvla_edge.export.quantize import BlockFormat, Precision, dequantize, quantize
+from chatvla_edge.export.spec import PolicySpec
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -40,10 +42,15 @@ class Scene:
     instruction: str
 
 
-def scenes(count: int, sizes: Sequence[tuple[int, int]], normalization: Normalization, horizon: int) -> list[Scene]:
-    """Made-up observations: smooth random pictures, states within two deviations of the training data's mean."""
+def scenes(
+    count: int, sizes: Sequence[tuple[int, int]], normalization: Normalization, horizon: int, first: int = 0
+) -> list[Scene]:
+    """Made-up observations: smooth random pictures, states within two deviations of the training data's mean.
+
+    They are numbered; `first` is the number, and the seed, of the first.
+    """
     out = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         frames = [_picture(rng, *size) for size in sizes]
         spread = rng.uniform(-2, 2, len(normalization.state_mean)).astype(np.float32)
@@ -112,6 +119,8 @@ def reference(
     state = torch.from_numpy(normalization.state(scene.state))[None]
     conditions = model.head.condition(observed[None], reasoned[None], state)
     hidden = torch.cat([generation.prompt, generation.decoded])
+    sampled = model.head.sample(torch.from_numpy(scene.noise)[None], conditions, model.spec.sampler)
+    normalized: NDArray[np.float32] = sampled[0].numpy()
     return {
         "image_tokens": image_tokens.numpy(),
         "token_ids": np.asarray(generation.token_ids, np.int64),
@@ -119,8 +128,9 @@ def reference(
         "routing": _routing(model, ids, image_tokens, grids, generation.token_ids),
         "prompt_mean": means[0].numpy(),
         "reasoning_mean": means[1].numpy(),
-        "modulations": _modulations(model, conditions),
-        "normalized": model.head.sample(torch.from_numpy(scene.noise)[None], conditions, model.spec.sampler)[0].numpy(),
+        "modulations": modulations(model, conditions),
+        "normalized": normalized,
+        "chunk": normalization.chunk(normalized),
     }
 
 
@@ -128,8 +138,6 @@ def _routing(
     model: ChatVLA2, ids: Tensor, image_tokens: Tensor, grids: Sequence[tuple[int, int]], token_ids: Sequence[int]
 ) -> NDArray[np.int64]:
     """Expert ids [layers, P+N-1, k] of prompt and text rows."""
-    from chatvla_edge.export.model.backbone import mrope_positions
-
     chosen: list[Tensor] = []
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
@@ -145,7 +153,7 @@ def _routing(
     return torch.stack(chosen).numpy()
 
 
-def _modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[np.float32]:
+def modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[np.float32]:
     """All adaLN vectors of all steps, [steps, M], in the order in which the `condition` stage writes them."""
     head, which = model.head, model.head.head.reasoning
     rows = []
@@ -163,14 +171,42 @@ def _modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[
     return torch.cat(rows).numpy()
 
 
-def probe_file(scene: Scene, references: Mapping[str, Arrays]) -> bytes:
-    """One probe as an .npz without pickles. references: kind of gate -> outputs."""
+def observation(
+    spec: PolicySpec,
+    cameras: Mapping[str, Preprocessing],
+    prompt: Prompt,
+    normalization: Normalization,
+    scene: Scene,
+) -> Arrays:
+    """A scene, camera by camera, and what the reference hands its first stages: pixels, prompt, state."""
     arrays: Arrays = {
-        **{f"frame_{index}": frame for index, frame in enumerate(scene.frames)},
         "state": scene.state,
         "noise": scene.noise,
         "instruction": np.frombuffer(scene.instruction.encode(), np.uint8),
+        "normalized_state": normalization.state(scene.state),
     }
+    grids = []
+    for (name, steps), frame in zip(cameras.items(), scene.frames, strict=True):
+        rows, grid = patches(steps(frame))
+        grids.append(grid)
+        arrays[f"frame.{name}"] = frame
+        # Both temporal slices of a patch are this one frame; engines take one.
+        arrays[f"patches.{name}"] = folded(rows, spec)
+    ids = torch.tensor(prompt.ids(grids, scene.instruction))
+    positions, _ = mrope_positions(ids, grids, spec.tokens.image_pad, spec.vision.merge)
+    return arrays | {"prompt_ids": ids.numpy(), "prompt_positions": positions.numpy()}
+
+
+def folded(rows: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32]:
+    """Patches [P, 1176] of the published processor -> [P, 588] as engines take them: one of two equal slices."""
+    vision = spec.vision
+    cut = rows.reshape(len(rows), vision.channels, vision.temporal_patch, -1)
+    return np.ascontiguousarray(cut[:, :, 0].reshape(len(rows), -1))
+
+
+def probe_file(observed: Arrays, references: Mapping[str, Arrays]) -> bytes:
+    """One probe as an .npz without pickles. references: kind of gate -> outputs."""
+    arrays = dict(observed)
     for kind, outputs in references.items():
         arrays |= {f"{kind}.{name}": value for name, value in outputs.items()}
     buffer = io.BytesIO()

@@ -6,8 +6,10 @@ written. A stage of a 22 GB policy is laid out, lowered and checked in megabytes
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -23,6 +25,16 @@ ALIGNMENT = 4096  # so that an external initializer can be memory-mapped on its 
 
 Array = NDArray[np.generic]
 Blocks = Callable[[], Iterable[Array]]
+
+
+class Output(Protocol):
+    """A file that is written once, from its start to its end."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Append."""
+
+
+Create = Callable[[str], AbstractContextManager[Output]]
 
 
 @dataclass(frozen=True)
@@ -134,41 +146,37 @@ class Graph:
 
     def save(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
         """Write `path` and, beside it, `path` + `.data` with the weights, streamed in the order of declaration."""
-        data = path.with_name(path.name + ".data")
-        initializers = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
-        with data.open("wb") as file:
-            for weight in self.weights.values():
-                initializers.append(self._write(weight, file.tell, file.write, data.name, progress))
-        if data.stat().st_size == 0:
-            data.unlink()
-        onnx.save_model(self._model(initializers), str(path))
+        self.write(path.name, lambda name: path.with_name(name).open("wb"), progress)
 
-    def _write(
-        self,
-        weight: Weight,
-        tell: Callable[[], int],
-        write: Callable[[memoryview], object],
-        location: str,
-        progress: Callable[[int], None] | None,
-    ) -> TensorProto:
-        if weight.nbytes <= INLINE_BYTES:
-            small = numpy_helper.from_array(weight.array(), weight.name)
-            if progress is not None:
-                progress(weight.nbytes)
-            return small
-        write(memoryview(bytes(-tell() % ALIGNMENT)))
-        start = tell()
-        for block in weight.blocks():
-            data = np.ascontiguousarray(block, dtype=weight.dtype).reshape(-1)
-            write(data.data)  # the array itself: `tobytes` would be a second copy of it
-            if progress is not None:
-                progress(data.nbytes)
-        weight.check(tell() - start)
-        proto = TensorProto(name=weight.name, dims=weight.shape, data_location=TensorProto.EXTERNAL)
-        proto.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
-        for key, value in (("location", location), ("offset", start), ("length", weight.nbytes)):
-            proto.external_data.add(key=key, value=str(value))
-        return proto
+    def write(self, name: str, create: Create, progress: Callable[[int], None] | None = None) -> None:
+        """Write the files `name` and, where there are weights to hold outside of it, `name` + `.data`.
+
+        create: opens a new file by name for writing; the second name stands in the first file.
+        """
+        initializers = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
+        location = name.rpartition("/")[2] + ".data"
+        with ExitStack() as stack:
+            outside = any(_is_external(weight) for weight in self.weights.values())
+            file = stack.enter_context(create(f"{name}.data")) if outside else None
+            at = 0
+            for weight in self.weights.values():  # in order: parts of one weight are made together, one after the other
+                if file is not None and _is_external(weight):
+                    proto, at = _write(weight, file, at, location, progress)
+                else:
+                    proto = numpy_helper.from_array(weight.array(), weight.name)
+                    if progress is not None:
+                        progress(weight.nbytes)
+                initializers.append(proto)
+        with create(name) as file:
+            file.write(self._model(initializers).SerializeToString(deterministic=True))
+
+    def digest(self) -> str:
+        """SHA-256 of everything but the data of the weights: nodes, constants, ports; names and shapes of weights."""
+        constants = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
+        state = hashlib.sha256(self._model(constants).SerializeToString(deterministic=True))
+        for weight in self.weights.values():
+            state.update(f"{weight.name} {weight.shape} {weight.dtype}\n".encode())
+        return state.hexdigest()
 
     def _model(self, initializers: list[TensorProto]) -> onnx.ModelProto:
         def infos(ports: Iterable[Port]) -> Iterator[onnx.ValueInfoProto]:
@@ -191,6 +199,31 @@ class Graph:
             ir_version=10,
             producer_name="chatvla-edge",
         )
+
+
+def _is_external(weight: Weight) -> bool:
+    return weight.nbytes > INLINE_BYTES
+
+
+def _write(
+    weight: Weight, file: Output, at: int, location: str, progress: Callable[[int], None] | None
+) -> tuple[TensorProto, int]:
+    """Append a weight to the file of `at` bytes, aligned; returns how the graph refers to it, and the file's size."""
+    start = at + -at % ALIGNMENT
+    file.write(bytes(start - at))
+    at = start
+    for block in weight.blocks():
+        data = np.ascontiguousarray(block, dtype=weight.dtype).reshape(-1)
+        file.write(data.data)  # the array itself: `tobytes` would be a second copy of it
+        at += data.nbytes
+        if progress is not None:
+            progress(data.nbytes)
+    weight.check(at - start)
+    proto = TensorProto(name=weight.name, dims=weight.shape, data_location=TensorProto.EXTERNAL)
+    proto.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    for key, value in (("location", location), ("offset", start), ("length", weight.nbytes)):
+        proto.external_data.add(key=key, value=str(value))
+    return proto, at
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:

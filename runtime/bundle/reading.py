@@ -48,7 +48,7 @@ def open_bundle(
             path,
             found="an export that did not finish",
             expected="a bundle",
-            do="Run the export again; it sweeps this directory away.",
+            do="Run the export again: it goes on with what this directory holds, or sweeps it away.",
         )
     root = open_directory(path)
     try:

@@ -2,12 +2,13 @@
 
 A directory that is being written has no manifest; the manifest comes last, when everything it speaks of is on the disk.
 A writer that is killed leaves a directory whose name ends in `.partial`, which no loader takes and which the next
-export to the same destination sweeps away.
+writer to the same destination sweeps away, or goes on with (`resuming`).
 """
 
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class BundleWriter:
         self._lock: int | None = None
 
     def __enter__(self) -> "BundleWriter":
-        _sweep(self.destination)
+        self._sweep_killed()
         while self._lock is None:
             name = f".{self.destination.name}.{secrets.token_hex(4)}{PARTIAL}"
             self.directory = self.destination.with_name(name)
@@ -144,20 +145,21 @@ class BundleWriter:
             for name in names:
                 file_path = Path(folder) / name
                 file_path.chmod(file_path.stat().st_mode & 0o444)
-            _sync_directory(Path(folder))
+            sync_directory(Path(folder))
         with (self.directory / MANIFEST).open("xb") as file:
             file.write(data)
             file.flush()
             os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o444)
             os.fsync(file.fileno())
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         self._refuse_existing()
+        self._before_rename()
         try:
             # Replaces nothing but, where one appears in this very moment, an empty directory.
             self.directory.rename(self.destination)
         except OSError as error:
             raise BundleError(f"{self.destination}: cannot be put into place: {error.strerror}") from error
-        _sync_directory(self.destination.parent)
+        sync_directory(self.destination.parent)
         self._release()
         # Every digest was taken a moment ago; what is checked again is what a rename could have met.
         return open_bundle(self.destination, verify=False)
@@ -166,7 +168,7 @@ class BundleWriter:
         """Return the account of everything below the directory; hash what did not pass through `create`."""
         files = {}
         for name, kind in walk(root, self.directory):
-            if kind == "folder":
+            if kind == "folder" or name in self._private():
                 continue
             if kind != "file":
                 raise refusal(self.directory / name, found=f"a {kind}", expected="files and folders alone", do="")
@@ -204,18 +206,25 @@ class BundleWriter:
                 do="Choose another name, or remove it first.",
             )
 
+    def _private(self) -> frozenset[str]:
+        """Files of the writer's own that are no part of the bundle."""
+        return frozenset()
+
+    def _before_rename(self) -> None:
+        """Take them away: from here on the directory is the bundle."""
+
+    def _sweep_killed(self) -> None:
+        """Remove what killed writers of the same destination left behind: the directories that no process holds."""
+        ours = re.compile(rf"\.{re.escape(self.destination.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+        for left in self.destination.parent.glob(f".*{PARTIAL}"):
+            if ours.fullmatch(left.name) and (held := _locked(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what killed writers of the same destination left behind: the directories that no process holds."""
-    for left in destination.parent.glob(f".{_literal(destination.name)}.*{PARTIAL}"):
-        if (held := _locked(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
 
 
 def _locked(path: Path) -> int | None:
@@ -236,11 +245,8 @@ def _locked(path: Path) -> int | None:
     return None
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Put the names in a directory on the disk."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
