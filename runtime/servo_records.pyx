@@ -9,8 +9,8 @@ import numpy as np
 
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_STALLED,
-    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, GIVEN_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, WANT_PARK, WORDS,
-    CommandRecord, ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
+    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, GIVEN_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, WANT_PARK,
+    WORDS, CommandRecord, ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
 )
 
 ARMS_AT_MOST = MOST_ARMS

@@ -1,7 +1,7 @@
 """A session's log: MCAP files in its folder, one after another, each whole in itself.
 
 Channels
-    /ticks            rows of the servo's telemetry, every tick, many rows in a message
+    /ticks            rows of the servo's telemetry, every tick with its inputs, many rows in a message
     /state/ARM        rows of an arm's states with their stamps, likewise
     /camera/NAME      sensor_msgs/CompressedImage; /camera/NAME/frame: JSON with its stamps and numbers
     /joints/sent, /joints/measured   sensor_msgs/JointState, thinned out, for viewers
