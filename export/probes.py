@@ -69,7 +69,7 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> NDArray[np.ui
 
 def dequantized(model: ChatVLA2, precision: Precision) -> ChatVLA2:
     """The model over the weights that a bundle of this precision holds; fp32 gives the model itself."""
-    if precision.maps is None and precision.experts is None:
+    if not precision.quantizes:
         return model
     tensors: dict[str, Tensor] = {}
     for name, value in model.named_parameters():

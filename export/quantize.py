@@ -71,6 +71,11 @@ class Precision:
     experts: BlockFormat | None
     maps: BlockFormat | None
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether any map is not fp32."""
+        return self.experts is not None or self.maps is not None
+
     def form(self, name: str, shape: tuple[int, ...]) -> BlockFormat | None:
         """The form of the parameter `name` [N, K]."""
         if not is_quantized(name, shape):
