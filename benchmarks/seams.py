@@ -11,7 +11,8 @@ Fused is the fusion's own output; sent is what leaves after jerk-limited trackin
 A query takes the delay give or take 15 %, or the seams would lock to one phase of the 20 ms between actions. Where
 seams fall on the tape is chance, and the tape's own fast moves would decide the ratio. Each tape is therefore run
 at several phases of the policy, spread over one query, so that every instant of it lies near a seam in as large a
-share of the runs as any other. The row `tape` is the control: the motion itself, measured at the seams of `blend`.
+share of the runs as any other. The row `tape` is the control: the motion itself, measured at the seams of `blend`; and
+each mode's ratio stands beside that of the motion at the mode's own seams, tape by tape.
 
 `rtc` assumes a sampler that honours the committed prefix and is otherwise itself: rows with mask 1 are the prefix; the
 others' offset and drift lie between the prefix's and its own in proportion to the mask, and their jitter keeps its
@@ -204,21 +205,27 @@ def measure(
     Mode ``tape`` takes the tape itself for the fused signal and the seams of ``blend``.
     """
     pools = {signal: Pool(setting.servo_dt) for signal in SIGNALS}
+    control = {signal: Pool(setting.servo_dt) for signal in SIGNALS}  # the tape, at these very seams
     for seed in range(seeds):
         tape = Tape(setting.joints, setting.duration, seed)
+        then, tracked = np.empty(0), np.empty(0)
         for phase in range(phases):
             shift = phase / phases * setting.delay
             run = execute(
                 setting, "blend" if mode == "tape" else mode, seed, phase=shift, prefix_honoured=prefix_honoured
             )
             truth = tape.at(run.tau)
+            if not np.array_equal(then, run.tau):
+                then, tracked = run.tau, follow(truth, setting.servo_dt)[0]
             if mode == "tape":
-                run = replace(run, fused=truth, sent=follow(truth, setting.servo_dt)[0])
+                run = replace(run, fused=truth, sent=tracked)
             pools["fused"].add(run.fused, run.seam, truth, 0)
             pools["sent"].add(run.sent, run.seam, truth, run.clipped)
-        for pool in pools.values():
+            control["fused"].add(truth, run.seam, truth, 0)
+            control["sent"].add(tracked, run.seam, truth, 0)
+        for pool in (*pools.values(), *control.values()):
             pool.end_of_tape()
-    return {signal: pool.figures() for signal, pool in pools.items()}
+    return {signal: pool.figures() | pool.beside(control[signal]) for signal, pool in pools.items()}
 
 
 class Pool:
@@ -263,6 +270,11 @@ class Pool:
             "jerk": float(np.mean(self.jerks)),
             "clipped": self.clipped / self.ticks,
         }
+
+    def beside(self, control: "Pool") -> dict[str, float]:
+        """The ratio of each tape over that of the motion itself, which sees where the seams fell on it: mean, error."""
+        over = np.array(self.ratios) / np.array(control.ratios)
+        return {"excess": float(over.mean()), "excess_error": float(over.std() / max(len(over) - 1, 1) ** 0.5)}
 
 
 def _p99(parts: list[Array]) -> float:
@@ -328,9 +340,12 @@ def run(options: Namespace) -> Report:
 def _tell(report: Report, name: str, result: dict[str, float]) -> None:
     report.figure(f"{name}: ratio of p99s", result["ratio"], "x")
     report.figure(f"{name}: p99 near seams", result["near_p99"], "rad/s")
+    report.figure(f"{name}: ratio over the motion's own at the same seams", result["excess"], "x")
     report.note(
-        f"{name}: ratio over tapes {result['ratio_lowest']:.3f} to {result['ratio_highest']:.3f}, largest step near "
-        f"seams {result['near_max']:.4f} rad/s, ticks clipped by the limits {result['clipped']:.2%}"
+        f"{name}: ratio {result['ratio']:.3f} ± {2 * result['ratio_error']:.3f}, over tapes "
+        f"{result['ratio_lowest']:.3f} to {result['ratio_highest']:.3f}; over the motion's own {result['excess']:.3f} "
+        f"± {2 * result['excess_error']:.3f}; largest step near seams {result['near_max']:.4f} rad/s; clipped by the "
+        f"limits {result['clipped']:.2%} of the ticks"
     )
     if name.partition(",")[0] in JUDGED:
         # A method that adds nothing measures 1.0 give or take the error of the mean over tapes, and would miss a bare

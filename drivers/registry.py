@@ -24,17 +24,28 @@ _ROOM = "chatvla_edge.drivers"
 OURS: dict[Role, dict[str, str]] = {
     "cameras": {
         "realsense": "cameras.realsense:RealSense",
+        "mujoco": "sim.mujoco_world:MujocoCamera",
+        "recording": "cameras.recording:Recording",
         "sim_camera": "sim.camera:SimCamera",
+        "uvc": "cameras.uvc:Uvc",
+        "zed": "cameras.zed:Zed",
+        "zed_uvc": "cameras.zed:ZedUvc",
     },
     "arms": {
         "arx5": "arms.arx5:Arx5",
         "franka_rs": "arms.franka_rs:FrankaRs",
         "franky": "arms.franky:Franky",
+        "mujoco": "sim.mujoco_world:MujocoArm",
         "robotiq_2f85": "grippers.robotiq:Robotiq",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
     },
-    "enable": {},
+    "enable": {
+        "gpio": "enable.gpio:Gpio",
+        "hid": "enable.hid:Hid",
+        "serial_loop": "enable.serial_loop:SerialLoop",
+        "sim_switch": "sim.switch:SimSwitch",
+    },
 }
 
 

@@ -90,7 +90,7 @@ class Limits(_Part):
         default=None, description="the most one command may differ from the one before; null for any"
     )
     lag: Numbers | None = Field(default=None, description="the most an axis may be behind its command; null for any")
-    workspace: Workspace = Workspace()
+    workspace: Workspace = Field(default=Workspace(), description="bounds of the tool point")
 
 
 class GripperAxis(_Part):
@@ -108,7 +108,7 @@ class Arm(Device):
         default=None,
         description="the kinematics, an arm that the runtime knows or a URDF file; poses and a workspace need it",
     )
-    limits: Limits
+    limits: Limits = Field(description="what it never exceeds")
     gripper: GripperAxis | None = Field(default=None, description="required where the last axis is `gripper`")
     of: Name | None = Field(default=None, description="the arm that this gripper is mounted on")
     home: Numbers | None = Field(default=None, description="`[axes]` where `home` brings it")
@@ -153,10 +153,10 @@ class Policy(_Part):
 class Cores(_Part):
     """Which CPUs each kind of process runs on; empty for any."""
 
-    servo: tuple[int, ...] = ()
-    devices: tuple[int, ...] = ()
-    policy: tuple[int, ...] = ()
-    cameras: tuple[int, ...] = ()
+    servo: tuple[int, ...] = Field(default=(), description="isolated, and nobody else's")
+    devices: tuple[int, ...] = Field(default=(), description="arms and grippers")
+    policy: tuple[int, ...] = Field(default=(), description="the engines' threads")
+    cameras: tuple[int, ...] = Field(default=(), description="all cameras")
 
 
 class Rig(_Part):
@@ -166,12 +166,14 @@ class Rig(_Part):
     name: Name = Field(description="the rig's own; one daemon at a time may have it")
     description: str = Field(description="one line for people")
     simulated: bool = Field(default=False, description="nothing real moves; said in every status and report")
-    cameras: dict[Name, Camera] = Field(min_length=1)
-    arms: dict[Name, Arm] = Field(min_length=1, max_length=4)
+    cameras: dict[Name, Camera] = Field(min_length=1, description="by the names that the bundle uses")
+    arms: dict[Name, Arm] = Field(
+        min_length=1, max_length=4, description="arms and grippers by the names that the bundle uses, 1 to 4"
+    )
     enable: Device | None = Field(default=None, description="a switch that must be held, or not be pressed, for motion")
-    servo: Servo
-    policy: Policy
-    cores: Cores = Cores()
+    servo: Servo = Field(description="the loop that commands the arms")
+    policy: Policy = Field(description="what the rig takes from a policy")
+    cores: Cores = Field(default=Cores(), description="which CPUs each kind of process runs on")
 
 
 PARTS: tuple[type[BaseModel], ...] = (

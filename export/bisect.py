@@ -8,6 +8,8 @@ judges all parts, and an error in one of them reaches no other. The bundle is re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import onnx
@@ -23,12 +25,16 @@ from chatvla_edge.export.model.experts import Router
 from chatvla_edge.export.model.fusion import prompt_mean, reasoning_mean
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.probes import Arrays, modulations
-from chatvla_edge.runtime.bundle import Bundle, Stage
+from chatvla_edge.runtime.bundle import Contents, Stage
 from chatvla_edge.runtime.gates import LIMITS, Part, compared
 
 Array = NDArray[np.generic]
 Say = Callable[[str], None]
 
+_Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""Inputs by name -> outputs by name."""
+
+LAYER_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
 NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
 # Nodes between a block's first linear map and the norm before it: modulation, casts, rounding of activations.
 REACH = 8
@@ -36,31 +42,37 @@ REACH = 8
 
 @torch.no_grad()
 def bisect(
-    bundle: Bundle, model: ChatVLA2, observed: Arrays, max_tokens: int, threads: int = 1, say: Say = lambda _: None
+    root: Path,
+    contents: Contents,
+    model: ChatVLA2,
+    observed: Arrays,
+    threads: int = 1,
+    say: Say = lambda _: None,
 ) -> list[Part]:
     """Every part of every stage beside the reference, in the order of a query.
 
-    model: the reference over the weights that the bundle is meant to hold (`probes.dequantized`); observed: see
-    `probes.observation`. Raises ValueError for a stage that is not laid out as this version's export does it.
+    root: the bundle's directory, its digests checked; model: the reference over the weights that the bundle is meant
+    to hold (`probes.dequantized`); observed: see `probes.observation`. Raises ValueError for a stage that is not laid
+    out as this version's export does it, and for a target other than cpu.
     """
-    manifest = bundle.manifest
-    if manifest.target.name != "cpu":
+    if contents.target.name != "cpu":
         raise ValueError(
-            f"{bundle.path}: found a bundle for {manifest.target.name}, expected one for cpu, where stages are taken "
-            "apart: export the checkpoint for cpu and bisect that"
+            f"{root}: found a bundle for {contents.target.name}, expected one for cpu, where stages are taken apart: "
+            "export the checkpoint for cpu and bisect that"
         )
-    reference = _Reference(model, [(camera.name, camera.grid) for camera in manifest.cameras], observed, max_tokens)
+    longest = contents.prompt.max_reasoning_tokens
+    reference = _Reference(model, [(camera.name, camera.grid) for camera in contents.cameras], observed, longest)
     parts: list[Part] = []
-    for stage in manifest.stages.vision:
+    for stage in contents.stages.vision:
         say("vision")
-        parts += _vision(_Taken(bundle, stage, threads), reference, stage.grid)
+        parts += _vision(_Taken(root, stage, threads), reference, stage.grid)
     for name, judge, taken in (
-        ("language", _language, manifest.stages.language),
-        ("condition", _condition, manifest.stages.condition),
-        ("denoise", _denoise, manifest.stages.denoise),
+        ("language", _language, contents.stages.language),
+        ("condition", _condition, contents.stages.condition),
+        ("denoise", _denoise, contents.stages.denoise),
     ):
         say(name)
-        parts += judge(_Taken(bundle, taken, threads), reference)
+        parts += judge(_Taken(root, taken, threads), reference)
     return parts
 
 
@@ -159,10 +171,8 @@ def _blocks(heard: _Heard, depth: int, names: tuple[str, str, str, str], call: i
 class _Taken:
     """A stage of the bundle, taken apart in memory."""
 
-    def __init__(self, bundle: Bundle, stage: Stage, threads: int) -> None:
-        self.file = bundle.file_path(stage.file)
-        for data in stage.data:
-            bundle.file_path(data)
+    def __init__(self, root: Path, stage: Stage, threads: int) -> None:
+        self.file = root / stage.file
         self.limit = LIMITS[stage.precision].part
         self.threads = threads
         self.model = onnx.load(str(self.file), load_external_data=False)
@@ -172,10 +182,10 @@ class _Taken:
         self.outputs = [value.name for value in graph.output]
         self.taps: list[str] = []
 
-    def cut(self, anchors: Sequence[str]) -> None:
+    def cut(self, anchors: Sequence[str], outputs: Sequence[str] = ()) -> None:
         """Cut before the norm in front of each weight: given.0, given.1, ...; taps are the first value, then branches.
 
-        anchors: one per value of the residual stream, in order.
+        anchors: one per value of the residual stream, in order. outputs: cut behind these, too: given.OUTPUT.
         """
         stream = [self._before_norm(anchor) for anchor in anchors]
         self.taps = [stream[0]]
@@ -186,6 +196,7 @@ class _Taken:
                 raise self._strange(f"a residual sum of {before} before {anchor}")
             self.taps.append(branch[0])
         places = {value: f"given.{index}" for index, value in enumerate(stream)}
+        places |= {value: f"given.{value}" for value in outputs}
         for node in self.nodes:
             for index, value in enumerate(node.input):
                 if value in places:
@@ -210,7 +221,7 @@ class _Taken:
                 there.add(value)
                 self.model.graph.output.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
 
-    def open(self) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    def open(self) -> _Run:
         """Load what is left; inputs by name -> outputs and taps by name."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -311,73 +322,134 @@ def _language(taken: _Taken, reference: _Reference) -> Iterator[Part]:
         for i, router in routers
     ]
     with _Heard(
-        {
-            f"{norm}.{i}": getattr(layer, norm)
-            for i, layer in layers
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        }
-        | {"last": language.norm},
+        {f"{norm}.{i}": getattr(layer, norm) for i, layer in layers for norm in LAYER_NORMS} | {"last": language.norm},
         {f"{part}.{i}": getattr(layer, part) for i, layer in layers for part in ("self_attn", "mlp")},
     ) as heard:
         hidden = backbone.hidden(embedded, positions)
     for handle in handles:
         handle.remove()
     logits = backbone.logits(hidden).topk(2).values.numpy()
-    blocks = _blocks(heard, model.layers, ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp"))
+    blocks = _blocks(heard, model.layers, (*LAYER_NORMS, "self_attn", "mlp"))
 
     name = "backbone.language"
-    norms = [
-        f"{name}.layers.{i}.{norm}.weight"
-        for i, _ in layers
-        for norm in ("input_layernorm", "post_attention_layernorm")
-    ]
-    taken.cut([*norms, f"{name}.norm.weight"])
+    norms = [f"{name}.layers.{i}.{norm}.weight" for i, _ in layers for norm in LAYER_NORMS]
+    taken.cut([*norms, f"{name}.norm.weight"], ["hidden"])
     tokens = np.concatenate([reference.ids.numpy(), fed.numpy()])
-    found = _in_two_passes(taken, reference, tokens, positions.numpy(), blocks)
+    run = taken.open()
+    given = {**_given(blocks), "given.hidden": hidden.numpy()}
+    found = _in_two_passes(taken, run, reference, tokens, positions.numpy(), given)
+    aimed = _at_each_expert(taken, run, reference, layers)
 
     yield compared(("language", "", "embedding"), found[taken.taps[0]], blocks.stream[0], taken.limit)
     words = "mlp" if model.experts.kind == "dense" else "experts"
     for index, (tap, expected) in enumerate(zip(taken.taps[1:], blocks.branches, strict=True)):
-        layer = index // 2
-        routing = (found[f"routing_{layer}"], ids[layer]) if index % 2 and layer in ids else None
+        layer, here = index // 2, found[tap]
+        routing = None
+        if index % 2 and layer in aimed:
+            rows = aimed[layer]
+            here, expected = np.concatenate([here, rows.found]), np.concatenate([expected, rows.expected])
+            routing = (
+                np.concatenate([found[f"routing_{layer}"], rows.routing]),
+                np.concatenate([ids[layer], rows.ids]),
+            )
         where = ("language", f"layer {layer}", (("attention", words)[index % 2]))
-        yield compared(where, found[tap], expected, taken.limit, routing)
+        yield compared(where, here, expected, taken.limit, routing)
     yield compared(("language", "", "final norm"), found["hidden"], hidden.numpy(), taken.limit)
     yield compared(("language", "", "output matrix"), found["top2_logits"], logits, taken.limit)
 
 
-def _in_two_passes(
-    taken: _Taken, reference: _Reference, tokens: Array, positions: Array, blocks: _Blocks
-) -> dict[str, Array]:
-    """Half of the rows, then the rest behind them: the second half goes through the cache. Outputs of all rows."""
+@dataclass(frozen=True)
+class _Aimed:
+    """Rows of one layer that visit every expert: what the experts add, and whom the rows visit, there and here."""
+
+    found: Array
+    routing: Array
+    expected: Array
+    ids: Array
+
+
+def _at_each_expert(
+    taken: _Taken, run: _Run, reference: _Reference, layers: Sequence[tuple[int, nn.Module]]
+) -> dict[int, _Aimed]:
+    """A pass with a row for every expert of every layer: an observation may leave an expert without a visitor.
+
+    A row that points, behind the norm, where the expert's own row of the router does has that expert's largest logit.
+    """
     spec = reference.model.spec
-    run, count = taken.open(), len(tokens)
-    half = count // 4 * 2
+    count = spec.language.experts.routed
+    if not count:
+        return {}
+    rows = count + count % 2
+    stream: dict[str, Array] = {}
+    expected: dict[int, tuple[Array, Array]] = {}
+    for index, layer in layers:
+        norm, mlp = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
+        router = mlp.get_submodule("router")
+        aim = router.get_parameter("weight").float() / norm.get_parameter("weight").float()
+        aim = (aim / aim.square().mean(-1, keepdim=True).sqrt())[torch.arange(rows) % count]
+        normal = norm(aim)
+        expected[index] = mlp(normal).numpy(), router(normal)[1].numpy()
+        stream[f"given.{2 * index}"] = stream[f"given.{2 * index + 1}"] = aim.numpy()
+    stream[f"given.{2 * len(layers)}"] = stream["given.hidden"] = stream["given.0"]
+    nothing = np.zeros(0, np.int64)
+    found = run(
+        {
+            **_pass(np.zeros(rows, np.int64), np.tile(np.arange(rows), (3, 1)), 0),
+            "image_tokens": np.zeros((0, spec.language.hidden), np.float32),
+            "image_rows": nothing,
+            **{f"past_{name}": value for name, value in _cache(taken, reference).items()},
+            **stream,
+        }
+    )
+    return {
+        index: _Aimed(found[taken.taps[2 * index + 2]], found[f"routing_{index}"], *there)
+        for index, there in expected.items()
+    }
+
+
+def _pass(tokens: Array, positions: Array, length: int) -> dict[str, Array]:
+    scalars = {"length": length, "first_row": 0, "sum_stop": 0}
+    return {
+        "token_ids": tokens,
+        "positions": positions,
+        **{name: np.array([value], np.int64) for name, value in scalars.items()},
+    }
+
+
+def _cache(taken: _Taken, reference: _Reference) -> dict[str, Array]:
     shape = next(
         [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
         for value in taken.model.graph.input
         if value.name == "past_key_0"
     )
-    cache: dict[str, Array] = {
-        f"{kind}_{i}": np.zeros(shape, np.float32) for i in range(spec.language.layers) for kind in ("key", "value")
+    return {
+        f"{kind}_{i}": np.zeros(shape, np.float32)
+        for i in range(reference.model.spec.language.layers)
+        for kind in ("key", "value")
     }
-    rows = np.flatnonzero(tokens == spec.tokens.image_pad)
+
+
+def _in_two_passes(
+    taken: _Taken, run: _Run, reference: _Reference, tokens: Array, positions: Array, given: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Half of the rows, then the rest behind them: the second half goes through the cache. Outputs of all rows."""
+    count = len(tokens)
+    half = count // 4 * 2
+    cache = _cache(taken, reference)
+    rows = np.flatnonzero(tokens == reference.model.spec.tokens.image_pad)
     image_tokens = reference.image_tokens.numpy()
     outputs: dict[str, list[Array]] = {}
     for start, stop in ((0, half), (half, count)):
         # An even number of rows, as the runtime feeds them.
         index = np.append(np.arange(start, stop), [stop - 1] * ((stop - start) % 2)).astype(np.int64)
         inside = (rows >= start) & (rows < stop)
-        scalars = {"length": start, "first_row": 0, "sum_stop": 0}
         found = run(
             {
-                "token_ids": tokens[index],
-                "positions": positions[:, index],
+                **_pass(tokens[index], positions[:, index], start),
                 "image_tokens": image_tokens[inside],
                 "image_rows": rows[inside] - start,
-                **{name: np.array([value], np.int64) for name, value in scalars.items()},
                 **{f"past_{name}": value for name, value in cache.items()},
-                **{name: value[index] for name, value in _given(blocks).items()},
+                **{name: value[index] for name, value in given.items()},
             }
         )
         cache = {name: found[f"present_{name}"] for name in cache}

@@ -15,6 +15,7 @@ from onnx import helper
 from pydantic import BaseModel
 
 from chatvla_edge.export import identity
+from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
@@ -30,7 +31,7 @@ from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, meaning, read_probe
+from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -162,7 +163,8 @@ def _write(
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
         results = judge(writer.directory, contents, arrays, settings.threads)
-        contents = _judged(contents, results, probes, settings)
+        parts = _parts(checkpoint, settings, planned, contents, writer.directory)
+        contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
     writer.add(PARITY, _json(contents.gates))
     return writer.commit(contents)
 
@@ -206,6 +208,21 @@ def _probes(
     return names
 
 
+def _parts(
+    checkpoint: Checkpoint, settings: Settings, planned: Plan, contents: b.Contents, directory: Path
+) -> list[Part]:
+    """Every part of every stage by itself, beside the reference."""
+    head, cameras = checkpoint.spec.head, settings.robot.cameras
+    assert head is not None
+    prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
+    named = {camera.name: Preprocessing(camera.preprocessing) for camera in cameras}
+    sizes = [(camera.height, camera.width) for camera in cameras]
+    (scene,) = scenes(1, sizes, normalization, head.horizon)
+    seen = observation(checkpoint.spec, named, prompt, normalization, scene)
+    held = dequantized(checkpoint.model(), planned.form)
+    return bisect(directory, contents, held, seen, settings.threads)
+
+
 def _kept(writer: b.ResumableWriter) -> str:
     """What an export that did not finish leaves behind."""
     steps = writer.finished
@@ -229,15 +246,22 @@ def _fits(robot: Robot, head: HeadSpec) -> None:
             )
 
 
-def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
+def _judged(
+    contents: b.Contents,
+    results: Sequence[b.GateResult],
+    parts: Sequence[Part],
+    probes: list[str],
+    settings: Settings,
+) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
         lines = "; ".join(
             f"{result.name}: {result.value} (limit {result.limit}), {meaning(result)}" for result in failed
         )
+        first = next((f"The first part to diverge: {part.name}. " for part in parts if part.diverges), "")
         raise GateError(
-            f"the engines do not compute what the checkpoint computes: {lines}. No bundle was written. Choose a higher "
-            "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
+            f"the engines do not compute what the checkpoint computes: {lines}. {first}No bundle was written. Choose a "
+            "higher precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
         )
     gates = b.Gates(results=tuple(results), allowed_failed_gates=tuple(result.name for result in failed))
     return contents.model_copy(update={"gates": gates, "probes": tuple(probes)})

@@ -16,7 +16,7 @@ from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model.images import Preprocessing
 from chatvla_edge.export.probes import dequantized, observation, probe_file, reference, scenes
 from chatvla_edge.runtime.bundle import Bundle, GateResult, Manifest
-from chatvla_edge.runtime.gates import Part, judge, read_probe
+from chatvla_edge.runtime.gates import Part, gates_of, judge, read_probe
 
 # Scenes of an export are numbered from 0.
 UNSEEN = 1000
@@ -30,10 +30,9 @@ def against_checkpoint(
     task: str | None,
     probes: int,
     threads: int,
-    bisected: bool,
     say: Callable[[str], None],
-) -> tuple[list[GateResult], list[Part] | None]:
-    """Judge the bundle by the checkpoint: every gate, and with `bisected` every part of every stage.
+) -> tuple[list[GateResult], list[Part]]:
+    """Judge the bundle by the checkpoint: every gate, and every part of every stage by itself.
 
     say: told what happens now. Raises ValueError for a checkpoint that the bundle was not exported from.
     """
@@ -60,10 +59,10 @@ def against_checkpoint(
         asked[f"scene {UNSEEN + index}"] = read_probe(probe_file(looked, references))
     say("running the gates")
     results = judge(bundle.path, manifest, asked, threads)
-    if not bisected:
-        return results, None
-    parts = bisect(bundle, held, observed[0], longest, threads, lambda stage: say(f"taking {stage} apart"))
-    return results, parts
+    if manifest.target.name != "cpu":
+        return results, []
+    parts = bisect(bundle.path, manifest, held, observed[0], threads, lambda stage: say(f"taking {stage} apart"))
+    return results + gates_of(parts), parts
 
 
 def _refuse_other(bundle: Bundle, checkpoint: Checkpoint) -> None:

@@ -10,8 +10,8 @@ weights as trained: it means something on a trained checkpoint only, and is repo
 """
 
 import io
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,8 @@ MEANING: Mapping[str, str] = {
     "condition": "modulations are wrong though both means and the state are right: the condition stage",
     "denoise": "the chunk is wrong though its modulations are right: the denoise stage, or the sampler's steps",
     "units": "the chunk in units is not the reference's: the minimum and maximum of the actions",
+    "parts": "a block of this stage, fed the reference's own numbers, does not compute what the reference does (for "
+    "routing: chooses other experts): `verify BUNDLE --checkpoint C --bisect` names it",
     "query": "the stages pass by themselves and not in a row, where nothing else fails: what carries numbers between "
     "them, or an error that grows",
 }
@@ -74,8 +76,13 @@ class Limits:
     # int8 and int4: the engine also rounds activations to int8 per block, 0.4 % of a block's largest value per product
     # and more where blocks are uneven; 2 % were seen over three layers, 5 % leaves room for depth.
     stage: float
+    # The same of the language stage, where top-k turns rounding into other experts, and a peaky attention amplifies it:
+    # honest int8 and int4 bundles of four layers had 2 % to 16 %, one layer with gate and up exchanged 13 % to 19 %.
+    # What is gross fails here; the tight gate of these precisions is `part`.
+    language: float
     # Share of rows whose arg-max differs from the reference's when fed the reference's tokens. Ties aside, fp32 has
-    # none; rounded activations move a token where two logits lie close, as they do everywhere in random weights.
+    # none; rounded activations move a token where two logits lie close, as they do everywhere in random weights: half
+    # of twelve was seen.
     tokens: float
     # Share of (row, expert) choices that differ. The router is fp32 always, but its input is not.
     routing: float
@@ -99,13 +106,18 @@ FLOAT32 = 1e-6
 # Of expert choices fed the reference's own hidden states: two router logits within rounding of each other may differ.
 AGREEMENT = 0.995
 
+_ROUNDED = Limits(
+    stage=5e-2, language=0.25, tokens=0.5, routing=0.25, chunk_rms=5e-2, chunk_max=1.0, query_rms=0.2, part=3e-2
+)
 LIMITS: Mapping[str, Limits] = {
-    "fp32": Limits(stage=1e-5, tokens=0.0, routing=0.0, chunk_rms=1e-5, chunk_max=1e-4, query_rms=1e-5, part=1e-5),
-    "int8": Limits(stage=5e-2, tokens=0.25, routing=0.25, chunk_rms=5e-2, chunk_max=1.0, query_rms=0.2, part=3e-2),
-    "int4": Limits(stage=5e-2, tokens=0.25, routing=0.25, chunk_rms=5e-2, chunk_max=1.0, query_rms=0.2, part=3e-2),
+    "fp32": Limits(
+        stage=1e-5, language=1e-5, tokens=0.0, routing=0.0, chunk_rms=1e-5, chunk_max=1e-4, query_rms=1e-5, part=1e-5
+    ),
+    "int8": _ROUNDED,
+    "int4": _ROUNDED,
     # One activation scale per row instead of one per 128 values: a quarter more error where rows are even.
-    "int8-row": Limits(stage=5e-2, tokens=0.25, routing=0.25, chunk_rms=5e-2, chunk_max=1.0, query_rms=0.2, part=5e-2),
-    "int4-row": Limits(stage=5e-2, tokens=0.25, routing=0.25, chunk_rms=5e-2, chunk_max=1.0, query_rms=0.2, part=5e-2),
+    "int8-row": replace(_ROUNDED, part=5e-2),
+    "int4-row": replace(_ROUNDED, part=5e-2),
 }
 
 
@@ -188,6 +200,23 @@ def compared(
     return Part(*where, rms, cosine, None if routing is None else 1.0 - _disagreement(*routing), limit)
 
 
+def gates_of(parts: Sequence[Part]) -> list[GateResult]:
+    """One gate per stage, its worst part, and one for the routing: tight in every precision, since no error adds up.
+
+    These need the reference itself, so they are judged at export and by `verify --checkpoint`, not on the robot.
+    """
+    worst: dict[str, Measured] = {}
+    for part in parts:
+        measured = [Measured(f"parts/{part.stage.split('[')[0]}", part.rms, part.limit)]
+        if part.routing is not None:
+            measured.append(Measured("parts/routing", 1 - part.routing, 1 - AGREEMENT))
+        for each in measured:
+            before = worst.get(each.name)
+            if before is None or not each.value <= before.value:
+                worst[each.name] = each
+    return list(_judge("lowering_parity", worst))
+
+
 def meaning(result: GateResult) -> str:
     """What a failure of this gate says, and where to look."""
     return MEANING[result.name.split("/")[1]]
@@ -233,7 +262,7 @@ def _measure(policy: Policy, probe: Mapping[str, Array], kind: Kind, limits: Lim
         yield from _inputs(policy, probe, frames, instruction)
     yield from _vision(policy, policy.see(frames), expected["image_tokens"], limits)
     hidden, tokens, routing = policy.follow(instruction, expected["image_tokens"], expected["token_ids"])
-    yield Measured("language", relative_rms(hidden, expected["hidden"]), limits.stage)
+    yield Measured("language", relative_rms(hidden, expected["hidden"]), limits.language)
     # Fed the reference's tokens, row i must say the token that came next in the reference's own text.
     yield Measured("tokens", _differing(tokens, expected["token_ids"]), limits.tokens)
     if routing.size:

@@ -317,10 +317,16 @@ class _Eyes:
         """Camera -> [P, 588], fresh arrays."""
         self._refuse_miscounted(frames)
         found = {}
-        for camera, pipeline, frame in zip(self.cameras, self.pipelines, frames, strict=True):
-            found[camera.name] = np.zeros((pipeline.n_patches, self.values), np.float32)
-            pipeline.run(frame, found[camera.name])
+        for index, (camera, frame) in enumerate(zip(self.cameras, frames, strict=True)):
+            found[camera.name] = np.zeros((self.pipelines[index].n_patches, self.values), np.float32)
+            self._cut(index, frame, found[camera.name])
         return found
+
+    def _cut(self, index: int, frame: Frame, patches: Float) -> None:
+        try:
+            self.pipelines[index].run(frame, patches)
+        except ValueError as error:
+            raise ValueError(f"camera {self.cameras[index].name}: {error}") from None
 
     def _refuse_miscounted(self, frames: Sequence[Frame]) -> None:
         if len(frames) != len(self.cameras):
@@ -332,7 +338,7 @@ class _Eyes:
         self._refuse_miscounted(frames)
         for grid, (members, patches, seen) in self.batches.items():
             for place, index in enumerate(members):
-                self.pipelines[index].run(frames[index], patches[place])
+                self._cut(index, frames[index], patches[place])
             seconds.lap("preprocessing")
             self.engines[grid].run({"patches": patches}, {"image_tokens": seen})
             for place, index in enumerate(members):

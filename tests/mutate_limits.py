@@ -233,7 +233,7 @@ class Verdicts:
         if lines and json.loads(lines[0]) == head:
             for line in lines[1:]:
                 fault, verdict = json.loads(line)
-                self.found[fault] = verdict
+                self.found[fault[:16]] = verdict
         if again:
             self.found = {fault: verdict for fault, verdict in self.found.items() if verdict}
         kept = [json.dumps(head), *(json.dumps(row) for row in self.found.items())]
@@ -241,7 +241,7 @@ class Verdicts:
 
     @staticmethod
     def key(mutant):
-        return hashlib.sha256(mutant.text.encode()).hexdigest()
+        return hashlib.sha256(mutant.text.encode()).hexdigest()[:16]
 
     def of(self, mutant):
         return self.found.get(self.key(mutant))

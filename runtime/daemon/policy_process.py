@@ -7,6 +7,7 @@ an arm.
 import base64
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -123,6 +124,7 @@ class PolicyLoop:
         self.draft: list[int] = []
         self.used: dict[str, int] = {}
         self.quitting = False
+        self.parent = int(settings["parent"])
         numbers = manifest.normalization
         self.low, self.high = (np.asarray(v, np.float64) for v in (numbers.action_min, numbers.action_max))
 
@@ -285,11 +287,11 @@ class PolicyLoop:
             self.policy.query(self.grey, state, "wait", self.policy.noise(0))
 
     def run(self) -> None:
-        """Until `quitting`."""
+        """Until `quitting`, or the death of the parent."""
         self.warm_up()
         log.info("warm")
         due = now_ns()
-        while not self.quitting:
+        while not self.quitting and os.getppid() == self.parent:
             instruction = self.told()
             self.say(ready=int(bool(instruction)))
             if not instruction or not self.due(due):
@@ -325,7 +327,8 @@ class PolicyLoop:
 def main() -> None:
     """``python -m chatvla_edge.runtime.daemon.policy_process`` with one JSON spec on standard input.
 
-    The spec: ``rig`` (its JSON, whose cores count more than ``threads``), ``bundle`` (path), ``wires``, ``threads``.
+    The spec: ``rig`` (its JSON, whose cores count more than ``threads``), ``bundle`` (path), ``wires``, ``threads``,
+    ``parent``: with which it ends.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s policy %(message)s")
     settings = json.load(sys.stdin)

@@ -39,6 +39,7 @@ VIEW_NS = S // 25  # between two joint states for viewers
 FREE_BYTES = 256 * 2**20  # below this the disk counts as full: others need it, too
 RETRY_NS = 2 * S
 QUALITY = 85
+SILENT_S = 1.0  # without a tick: the servo has ended
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,22 @@ class Recorder:
             self.said["frames"] += 1
 
     def run(self) -> None:
-        """Until told to end; then once more, so that the last events are in."""
+        """Until told to end; then once more, so that the last events are in.
+
+        Without its parent it goes on until the servo, too, has ended, so that the log holds how the arms came to rest.
+        """
         if self.settings["frame_rate"] and self.encode is None:
             log.warning("no pictures in the log: install chatvla-edge[jpeg]")
+        orphaned, moved, tick = 0.0, 0.0, 0
         while not self.quitting:
             begun = time.monotonic()
             self.turn(now_ns())
+            if self.last_tick != tick:
+                tick, moved = self.last_tick, begun
+            if not orphaned and os.getppid() != self.settings["parent"]:
+                orphaned = begun
+            if orphaned and begun - max(orphaned, moved) > SILENT_S:
+                break
             time.sleep(max(0.0, TURN_S - (time.monotonic() - begun)))
         self.turn(now_ns())
         if self.open:
@@ -296,7 +307,8 @@ def main() -> None:
     """``python -m chatvla_edge.runtime.daemon.recorder`` with one JSON spec on standard input.
 
     The spec: ``rig``, ``wires``, ``folder``, ``components``, ``axes``, ``axis_names``, ``about`` (for the log's
-    metadata), ``frame_rate`` (pictures per second and camera; 0 for none), ``rotate_bytes``.
+    metadata), ``frame_rate`` (pictures per second and camera; 0 for none), ``rotate_bytes``,
+    ``parent``: with which it ends.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s recorder %(message)s")
     recorder = Recorder(json.load(sys.stdin))

@@ -213,6 +213,7 @@ class Supervisor:
             "bundle": str(settings.bundle.resolve()),
             "wires": asdict(wires),
             "threads": settings.threads,
+            "parent": os.getpid(),
         }
         return spawn(POLICY_MODULE, spec, wires.fds, log)
 
@@ -228,6 +229,7 @@ class Supervisor:
             "about": {key: json.dumps(value) for key, value in self._about().items()},
             "frame_rate": self.settings.frame_rate,
             "rotate_bytes": self.settings.rotate_bytes,
+            "parent": os.getpid(),
         }
         return spawn(RECORDER_MODULE, spec, wires.fds, log)
 

@@ -1,7 +1,8 @@
 """ONNX Runtime behind the engine protocol: numpy arrays bound by address, nothing copied, nothing allocated per run."""
 
+import ctypes
 import os
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ LOG_ERRORS = 3
 
 # A worker that spins between operators burns the core that the servo may need next.
 QUIET = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+# How long the threads of a new session may take to pin themselves, on a machine that is busy.
+PINNED_WITHIN_S = 2.0
 AFFINITIES = "session.intra_op_thread_affinities"
 
 
@@ -68,14 +71,14 @@ class OnnxRuntimeEngine:
         options.log_severity_level = LOG_ERRORS
         for name, value in QUIET.items():
             options.add_session_config_entry(name, value)
-        # Without VNNI, kernels for unsigned by signed bytes saturate at 16 bits; there, and only there, this takes
-        # others.
+        # Without VNNI, products of unsigned by signed bytes saturate at 16 bits; this takes exact ones, only there.
         options.add_session_config_entry("session.x64quantprecision", "1")
         if threads.affinity is not None:
             options.add_session_config_entry(AFFINITIES, threads.affinity)
         self.path = path
         before = _threads()
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        _return_freed_memory()
         self._refuse_strays(threads, _threads() - before)
         self._binding = self._session.io_binding()
         self._inputs = {tensor.name for tensor in self._session.get_inputs()}
@@ -88,13 +91,19 @@ class OnnxRuntimeEngine:
     def _refuse_strays(self, threads: Threads, started: set[int]) -> None:
         """Raise OSError where a thread does not run where it was told to: ONNX Runtime only logs that it could not."""
         wanted = [{processor} for processor in threads.processors[1:]]
-        found = [os.sched_getaffinity(thread) for thread in started & _threads()]
-        if any(each not in found for each in wanted):
-            raise OSError(
-                f"{self.path.name}: threads were to run on the processors {list(threads.processors[1:])}, they run on "
-                f"{sorted(map(sorted, found))}: give the policy processors that this process may use "
-                f"({sorted(os.sched_getaffinity(threading.get_native_id()))})"
-            )
+        deadline = time.monotonic() + PINNED_WITHIN_S
+        while True:
+            found = [os.sched_getaffinity(thread) for thread in started & _threads()]
+            if all(each in found for each in wanted):
+                return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1e-3)  # a thread pins itself once it runs
+        raise OSError(
+            f"{self.path.name}: threads were to run on the processors {list(threads.processors[1:])}, they run on "
+            f"{sorted(map(sorted, found))}: give the policy processors that this process may use, see "
+            "/proc/self/status, Cpus_allowed_list"
+        )
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Execute the stage on the given arrays."""
@@ -120,3 +129,10 @@ class OnnxRuntimeEngine:
 
 def _threads() -> set[int]:
     return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
+
+
+def _return_freed_memory() -> None:
+    """Give back what loading left behind: glibc keeps the holes between packed weights, as much again in int8-row."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries need not
+    if trim is not None:
+        trim(0)

@@ -59,7 +59,7 @@ def test_every_frame_is_published_once_and_sigterm_ends_the_process():
     with run() as camera:
         camera.streaming()
         numbers, pairs = [], set()
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1
         while time.monotonic() < end:
             if (frame := camera.reader.newer()) is not None:
                 numbers.append(frame.number)
@@ -96,15 +96,15 @@ def test_frozen_pictures_are_told_then_the_camera_is_opened_again():
 
 def test_a_still_picture_is_allowed_where_the_source_may_stand_still():
     with CameraRun(DRIVER, {"fault": "frozen content"}, frozen_s=None) as camera:
-        camera.until(lambda: (status := camera.status) is not None and status.identical > 45)
+        camera.until(lambda: (status := camera.status) is not None and status.identical > 90)
         assert camera.status.opened == 1
 
 
 def test_half_the_rate_is_told():
-    with CameraRun(DRIVER, {"fault": "slow", "at": 40}) as camera:
-        camera.until(lambda: (status := camera.status) is not None and status.frames == 40)
+    with CameraRun(DRIVER, {"fault": "slow", "at": 60}) as camera:
+        camera.until(lambda: (status := camera.status) is not None and status.frames >= 60)
         full = camera.status.rate
-        camera.until(lambda: camera.status.frames >= 80)
+        camera.until(lambda: camera.status.frames >= 121)
         assert 0.4 < camera.status.rate / full < 0.65
 
 

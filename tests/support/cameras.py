@@ -82,7 +82,7 @@ class TestCamera:
 class CameraRun:
     """A camera's process; use as a context manager, which ends it."""
 
-    def __init__(self, driver, options, *, height=48, width=64, rate=30, **more):
+    def __init__(self, driver, options, *, height=48, width=64, rate=60, **more):
         os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.segments = CameraSegments.create("test", height, width)
         self.reader = self.segments.frames()
