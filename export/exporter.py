@@ -20,7 +20,7 @@ from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import INSTRUCTION, dequantized, probe_file, reference, scenes
+from chatvla_edge.export.probes import INSTRUCTION, probe_file, reference, rounding, scenes
 from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec
@@ -29,8 +29,9 @@ from chatvla_edge.export.stages.graph import Graph, Port
 from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
+from chatvla_edge.export.streaming import streamed
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, read_probe
+from chatvla_edge.runtime.gates import judge, read_probe, spoken
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -157,7 +158,7 @@ def _write(
             "normalization": contents.normalization.model_dump(mode="json"),
             "max_reasoning": settings.max_reasoning,
         }
-        probes = _probes(checkpoint, settings, planned, writer, common, say)
+        probes = _probes(checkpoint, settings, planned, contents, writer, common, say)
         identity.require_unchanged(checkpoint, stamp)
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
@@ -171,6 +172,7 @@ def _probes(
     checkpoint: Checkpoint,
     settings: Settings,
     planned: Plan,
+    contents: b.Contents,
     writer: b.ResumableWriter,
     common: dict[str, object],
     say: Say,
@@ -189,18 +191,21 @@ def _probes(
     head, cameras = checkpoint.spec.head, settings.robot.cameras
     assert head is not None
     say("running the reference over the probes ...")
-    model = checkpoint.model()
-    held = dequantized(model, planned.form)
     prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
     preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
     sizes = [(camera.height, camera.width) for camera in cameras]
-    for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
-        if index not in todo:
-            continue
-        given = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
-        outputs = {"lowering_parity": reference(held, *given), "quantization_error": reference(model, *given)}
-        with writer.step(names[index], todo[index]):
-            writer.add(names[index], probe_file(scene, outputs))
+    seen = scenes(settings.probes, sizes, normalization, head.horizon)
+    asked = [(seen[index].frames, seen[index].state, seen[index].instruction, seen[index].noise) for index in todo]
+    drafts = spoken(writer.directory, contents, asked, settings.threads)
+    held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
+    model = streamed(checkpoint.spec, checkpoint.tensor) if planned.form is not None else held
+    for (index, key), draft in zip(todo.items(), drafts, strict=True):
+        given = (prompt, preprocessing, normalization, seen[index], settings.max_reasoning)
+        outputs = {"lowering_parity": reference(held, *given, draft)}
+        draft = outputs["lowering_parity"]["token_ids"].tolist()
+        outputs["quantization_error"] = outputs["lowering_parity"] if model is held else reference(model, *given, draft)
+        with writer.step(names[index], key):
+            writer.add(names[index], probe_file(seen[index], outputs))
     return names
 
 

@@ -10,7 +10,7 @@ weights as trained: it means something on a trained checkpoint only, and is repo
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from chatvla_edge.runtime.policy import Policy
 
 Array = NDArray[Any]
 Kind = Literal["lowering_parity", "quantization_error"]
+Asked = tuple[Sequence[Array], Array, str, Array]
+"""Frames, state, instruction, noise: see `Policy.query`."""
 
 # What a probe file holds: the observation, and per kind of reference its outputs.
 OBSERVATION = ("state", "noise", "instruction")
@@ -94,6 +96,12 @@ def judge(
                     worst[measured.name] = measured
         results.extend(_judge(kind, worst))
     return results
+
+
+def spoken(root: Path, contents: Contents, asked: Sequence[Asked], threads: int = 1) -> list[list[int]]:
+    """Token ids that the stages below `root` answer with: drafts for the reference, which then takes fewer passes."""
+    policy = Policy(root, contents, Threads(threads))
+    return [policy.query(*observation).token_ids for observation in asked]
 
 
 def _judge(kind: Kind, worst: Mapping[str, Measured]) -> Iterator[GateResult]:
