@@ -14,7 +14,7 @@ from pathlib import Path
 from onnx import helper
 from pydantic import BaseModel
 
-from chatvla_edge.export import identity
+from chatvla_edge.export import identity, room
 from chatvla_edge.export.checkpoint.reader import Checkpoint
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
@@ -115,6 +115,8 @@ def export(
     """
     planned = plan(checkpoint, settings)
     with b.ResumableWriter(destination) as writer:
+        kept = sum(step.bytes for step in writer.finished.values())
+        room.require(planned.graphs, checkpoint, settings.gates, writer.destination, kept)
         try:
             return _write(checkpoint, settings, planned, writer, progress, say)
         except BaseException:
