@@ -245,7 +245,7 @@ def export(
     robot: Annotated[
         str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
     ],
-    target: Annotated[str, typer.Option(help="cpu (the others are not built yet).")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu; cuda (not run on any GPU yet, without gates).")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, int8 (block-wise) or int4 (blocks of 128).")] = "int8",
     base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
     task: Annotated[str | None, typer.Option(help="Task, where the statistics hold several.")] = None,

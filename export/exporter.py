@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from chatvla_edge.export import identity, room
 from chatvla_edge.export.checkpoint.reader import Checkpoint
+from chatvla_edge.export.lower import cuda
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
@@ -23,7 +24,7 @@ from chatvla_edge.export.model.prompt import SYSTEM
 from chatvla_edge.export.probes import INSTRUCTION, probe_file, reference, rounding, scenes
 from chatvla_edge.export.quantize import BlockFormat
 from chatvla_edge.export.robots import Robot
-from chatvla_edge.export.spec import HeadSpec
+from chatvla_edge.export.spec import HeadSpec, PolicySpec
 from chatvla_edge.export.stages.denoise import condition, denoise
 from chatvla_edge.export.stages.graph import Graph, Port
 from chatvla_edge.export.stages.language import language
@@ -41,6 +42,8 @@ TEMPLATE = (
 INSTRUCTION_LENGTHS = 4
 MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
+
+LOWERINGS: dict[str, Callable[[Graph, PolicySpec, cpu.Target], Graph]] = {"cpu": cpu.lower, "cuda": cuda.lower}
 
 Progress = Callable[[str, int], None]
 """Stage (or READING: the checkpoint), bytes of it done just now."""
@@ -83,8 +86,16 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     spec = checkpoint.spec
     if spec.head is None:
         raise ValueError(f"{checkpoint.path} has no action head: a robot could do nothing with it")
-    if settings.target != "cpu":
-        raise ValueError(f"found target {settings.target!r}, expected cpu: the other targets are not built yet")
+    if settings.target not in LOWERINGS:
+        expected = " or ".join(LOWERINGS)
+        raise ValueError(f"found target {settings.target!r}, expected {expected}: the others are not built yet")
+    if settings.target == "cuda":
+        cuda.require(spec, settings.precision)
+        if settings.gates:
+            raise ValueError(
+                "the gates of a cuda bundle take a machine with CUDA, and an engine for it that this version does not "
+                "have: export with --no-gates, knowing that nothing shows that the bundle computes its checkpoint"
+            )
     checkpoint.normalization(settings.task)
     _fits(settings.robot, spec.head)
     cameras = settings.robot.cameras
@@ -98,7 +109,8 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         condition(spec, parameters),
         denoise(spec, parameters),
     ]
-    return Plan(tuple(cpu.lower(graph, spec, target) for graph in graphs), capacity, target.form)
+    lower = LOWERINGS[settings.target]
+    return Plan(tuple(lower(graph, spec, target) for graph in graphs), capacity, target.form)
 
 
 def export(
@@ -350,7 +362,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest:
             max_reasoning_tokens=settings.max_reasoning,
         ),
         target=b.Target(
-            name="cpu",
+            name=settings.target,
             engine=b.Engine(
                 kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
             ),
@@ -364,7 +376,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest:
                     **stage(by_name["language"]),
                     "kv": b.KvCache(
                         capacity=capacity,
-                        dtype="float32",
+                        dtype=_tensor(by_name["language"].inputs[-1], capacity).dtype,
                         sharing="in_place",
                         past=tuple(f"past_{name}" for name in names),
                         present=tuple(f"present_{name}" for name in names),

@@ -73,6 +73,11 @@ class Policy:
 
     def __init__(self, root: Path, manifest: Contents, threads: Threads) -> None:
         geometry, stages = manifest.geometry, manifest.stages
+        if manifest.target.name != "cpu":
+            raise ValueError(
+                f"{root}: found a bundle for {manifest.target.name}, expected one for cpu, the only target that this "
+                "version has an engine for: export the checkpoint with --target cpu"
+            )
         self.manifest = manifest
         self._seconds = Seconds()
 

@@ -39,8 +39,8 @@ class Target:
         return PRECISIONS[self.precision]
 
 
-def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
-    """Rewrite a neutral stage graph for ONNX Runtime on the CPU."""
+def lower(graph: Graph, spec: PolicySpec, target: Target, lowering: "type[Lowering] | None" = None) -> Graph:
+    """Rewrite a neutral stage graph for ONNX Runtime on the CPU; `lowering` makes other choices for another device."""
     out = Graph(
         graph.name,
         scope="ort/",
@@ -49,7 +49,7 @@ def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
         output_values=list(graph.output_values),
         constants=dict(graph.constants),
     )
-    state = _Lowering(graph, out, spec.language, target)
+    state = (lowering or Lowering)(graph, out, spec.language, target)
     for node in graph.nodes:
         state.node(node)
     used = {name for node in out.nodes for name in node.input}
@@ -58,7 +58,9 @@ def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
     return out
 
 
-class _Lowering:
+class Lowering:
+    """Node by node: what becomes of each."""
+
     def __init__(self, graph: Graph, out: Graph, language: LanguageSpec, target: Target) -> None:
         self.graph, self.out, self.language, self.target = graph, out, language, target
         self.shared: dict[str, str] = {}

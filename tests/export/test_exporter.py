@@ -159,7 +159,7 @@ def test_failed_gates_may_be_allowed_and_are_then_written(checkpoint, tmp_path, 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"target": "orin-jp72"}, "expected cpu"), ({"precision": "int2"}, "no precision 'int2'")],
+    [({"target": "orin-jp72"}, "expected cpu or cuda"), ({"precision": "int2"}, "no precision 'int2'")],
 )
 def test_what_the_target_cannot_run_is_refused_before_anything_is_written(checkpoint, changes, message):
     from dataclasses import replace
