@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from chatvla_edge.export import identity, room
 from chatvla_edge.export.checkpoint.reader import Checkpoint
+from chatvla_edge.export.checkpoint.tokenizer import find_tokenizer
 from chatvla_edge.export.lower import cuda
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
@@ -163,7 +164,7 @@ def _write(
         with writer.step(graph.name, key):
             graph.write(_file(graph), writer.create, partial(progress, graph.name))
             identity.require_unchanged(checkpoint, stamp)
-    tokenizer = _tokenizer(checkpoint).encode()
+    tokenizer = find_tokenizer(checkpoint.path).read_bytes()
     writer.add(TOKENIZER, tokenizer)
     contents = _contents(checkpoint, settings, planned, digest)
     if settings.gates:
@@ -268,13 +269,6 @@ def _capacity(checkpoint: Checkpoint, cameras: Sequence[b.Camera], max_reasoning
 
 def _file(graph: Graph) -> str:
     return f"stages/{graph.name}.onnx"
-
-
-def _tokenizer(checkpoint: Checkpoint) -> str:
-    for folder in (checkpoint.path, checkpoint.path.parent):
-        if (folder / "tokenizer.json").is_file():
-            return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    raise ValueError(f"{checkpoint.path}: no tokenizer.json here nor in the folder above; copy it beside the weights")
 
 
 def _json(value: BaseModel) -> bytes:
