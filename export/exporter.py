@@ -102,7 +102,7 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     cameras = settings.robot.cameras
     capacity = settings.capacity or _capacity(checkpoint, cameras, settings.max_reasoning)
     target = cpu.Target(settings.precision, capacity)
-    parameters = Parameters(checkpoint.tensor)
+    parameters = Parameters(checkpoint.tensor, lambda name: checkpoint.entries[name].dtype)
     grids = sorted({camera.grid for camera in cameras})
     graphs = [
         *(vision(spec, parameters, grid) for grid in grids),

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from chatvla_edge.export.lower.tables import narrow
 from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, Quantized, is_quantized, quantize
 from chatvla_edge.export.spec import LanguageSpec, PolicySpec
 from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
@@ -52,6 +53,7 @@ def lower(graph: Graph, spec: PolicySpec, target: Target, lowering: "type[Loweri
     state = (lowering or Lowering)(graph, out, spec.language, target)
     for node in graph.nodes:
         state.node(node)
+    narrow(out)
     used = {name for node in out.nodes for name in node.input}
     out.weights = {name: weight for name, weight in out.weights.items() if name in used}
     out.constants = {name: array for name, array in out.constants.items() if name in used}
