@@ -175,6 +175,7 @@ def _write(
         }
         probes = _probes(checkpoint, settings, planned, contents, writer, common, say)
         identity.require_unchanged(checkpoint, stamp)
+        room.give_back()
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
         results = judge(writer.directory, contents, arrays, settings.threads)
@@ -212,6 +213,7 @@ def _probes(
     seen = scenes(settings.probes, sizes, normalization, head.horizon)
     asked = [(seen[index].frames, seen[index].state, seen[index].instruction, seen[index].noise) for index in todo]
     drafts = spoken(writer.directory, contents, asked, settings.threads)
+    room.give_back()
     held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
     model = streamed(checkpoint.spec, checkpoint.tensor) if planned.form is not None else held
     for (index, key), draft in zip(todo.items(), drafts, strict=True):

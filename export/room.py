@@ -5,9 +5,12 @@ Writing takes a few tensors and so does the reference, which streams. What grows
 the gates load: ONNX Runtime packs every matrix it multiplies with into memory of its own.
 """
 
+import ctypes
+import gc
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from chatvla_edge.export.checkpoint.reader import Checkpoint
@@ -41,6 +44,15 @@ def memory(graphs: Sequence[Graph], checkpoint: Checkpoint, gates: bool) -> tupl
     reference = BASE + ROWS + 2 * min(HELD, 4 * parameters) + 4 * SLAB, "the reference"
     engines = BASE + ROWS + sum(map(engine_bytes, graphs)), "judging: the engines of all stages"
     return max(writing, reference, engines)
+
+
+def give_back() -> None:
+    """Return freed memory to the system: engines leave a heap of freed blocks that malloc keeps for itself (3 GB of a
+    2B policy were seen), while what comes next asks for blocks of other sizes.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library: nothing is lost but the pages
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int | None:

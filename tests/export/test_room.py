@@ -68,3 +68,19 @@ def test_a_table_is_not_packed_and_what_is_multiplied_is(checkpoint):
 def test_this_machine_says_how_much_it_has():
     found = room.available_memory()
     assert found is None or 1 << 20 < found < 1 << 50
+
+
+def test_memory_that_engines_leave_behind_is_given_back():
+    def resident():
+        return room._resident()
+
+    before = resident()
+    # Smaller than the largest block that malloc maps by itself, with a little one between each: a heap of holes.
+    blocks = [bytearray(1 << 20) for _ in range(200)]
+    pins = [bytes(3000) for _ in range(200)]
+    held = resident()
+    assert held - before > 150 << 20
+    del blocks
+    room.give_back()
+    assert resident() - before < 100 << 20
+    assert len(pins) == 200
