@@ -263,7 +263,7 @@ def export(
     """
     from chatvla_edge.export import robots
     from chatvla_edge.export.checkpoint.reader import open_checkpoint
-    from chatvla_edge.export.exporter import READING, Settings, export, plan
+    from chatvla_edge.export.exporter import READING, REFERENCE, Settings, export, plan
 
     if robot == "list":
         console.print("\n".join(robots.names()))
@@ -291,6 +291,8 @@ def export(
     with _progress() as bar:
         tasks = {READING: bar.add_task("reading the checkpoint", total=checkpoint.nbytes)}
         tasks |= {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
+        if gates:  # how often it reads the weights depends on what the engines say
+            tasks[REFERENCE] = bar.add_task("weights through the reference", total=None)
         try:
             bundle = export(
                 checkpoint,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from onnx import helper
 from pydantic import BaseModel
+from torch import Tensor
 
 from chatvla_edge.export import identity, room
 from chatvla_edge.export.checkpoint.reader import Checkpoint
@@ -47,8 +48,8 @@ TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 LOWERINGS: dict[str, Callable[[Graph, PolicySpec, cpu.Target], Graph]] = {"cpu": cpu.lower, "cuda": cuda.lower}
 
 Progress = Callable[[str, int], None]
-"""Stage (or READING: the checkpoint), bytes of it done just now."""
-READING = "checkpoint"
+"""Stage (or READING: the checkpoint, REFERENCE: weights that it multiplied with), bytes of it done just now."""
+READING, REFERENCE = "checkpoint", "reference"
 Say = Callable[[str], None]
 """A sentence for the user."""
 
@@ -173,7 +174,7 @@ def _write(
             "normalization": contents.normalization.model_dump(mode="json"),
             "max_reasoning": settings.max_reasoning,
         }
-        probes = _probes(checkpoint, settings, planned, contents, writer, common, say)
+        probes = _probes(checkpoint, settings, planned, contents, writer, common, progress, say)
         identity.require_unchanged(checkpoint, stamp)
         room.give_back()
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
@@ -191,6 +192,7 @@ def _probes(
     contents: b.Contents,
     writer: b.ResumableWriter,
     common: dict[str, object],
+    progress: Progress,
     say: Say,
 ) -> list[str]:
     """The probe files: observations, and what the reference makes of them."""
@@ -214,8 +216,14 @@ def _probes(
     asked = [(seen[index].frames, seen[index].state, seen[index].instruction, seen[index].noise) for index in todo]
     drafts = spoken(writer.directory, contents, asked, settings.threads)
     room.give_back()
-    held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
-    model = streamed(checkpoint.spec, checkpoint.tensor) if planned.form is not None else held
+
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.tensor(name)
+        progress(REFERENCE, tensor.nbytes)
+        return tensor
+
+    held = streamed(checkpoint.spec, read, rounding(planned.form))
+    model = streamed(checkpoint.spec, read) if planned.form is not None else held
     for (index, key), draft in zip(todo.items(), drafts, strict=True):
         given = (prompt, preprocessing, normalization, seen[index], settings.max_reasoning)
         outputs = {"lowering_parity": reference(held, *given, draft)}
