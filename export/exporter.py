@@ -148,7 +148,7 @@ def _write(
 ) -> b.Bundle:
     stamp = identity.stamp(checkpoint)
     digest = identity.checkpoint_digest(checkpoint, partial(progress, READING))
-    common = {
+    common: dict[str, object] = {
         "checkpoint": digest,
         "spec": checkpoint.spec.model_dump(mode="json"),
         "robot": settings.robot.model_dump(mode="json"),
@@ -365,13 +365,15 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest:
             tokens=b.Tokens(**tokens.model_dump(), stop=(tokens.im_end,)),
             max_reasoning_tokens=settings.max_reasoning,
         ),
-        target=b.Target(
-            name=settings.target,
-            engine=b.Engine(
-                kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
-            ),
-            sm=(),
-            jetpack=None,
+        target=b.Target.model_validate(
+            {
+                "name": settings.target,
+                "engine": b.Engine(
+                    kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
+                ),
+                "sm": (),
+                "jetpack": None,
+            }
         ),
         stages=b.Stages(
             vision=tuple(b.VisionStage.model_validate({**stage(graph), "grid": grid}) for grid, graph in visions),

@@ -33,7 +33,7 @@ def checkpoint_digest(checkpoint: Checkpoint, progress: Callable[[int], None] | 
     digests = {}
     for name, entry in checkpoint.entries.items():  # in their order: neighbours may lie in one public tensor
         state = hashlib.sha256(f"{name} {list(entry.shape)} {entry.dtype}\n".encode())
-        state.update(entry.load().reshape(-1).view(torch.uint8).numpy())
+        state.update(entry.load().reshape(-1).view(torch.uint8).numpy().data)
         digests[name] = state.hexdigest()
         if progress is not None:
             progress(entry.nbytes)

@@ -62,9 +62,9 @@ def streamed(spec: PolicySpec, read: Read, rounding: Rounding = as_trained, held
         if room >= 0:
             module.weight = _held(values(stored(name).float()))
         elif isinstance(module, nn.Linear):
-            module.forward = _multiply(module, partial(stored, name), values)  # type: ignore[method-assign]
+            module.forward = _multiply(module, partial(stored, name), values)  # type: ignore[method-assign, assignment]
         else:
-            module.forward = _look_up(partial(stored, name), values)  # type: ignore[method-assign]
+            module.forward = _look_up(partial(stored, name), values)  # type: ignore[method-assign, assignment]
     for path, module in model.named_modules():
         for own, value in list(module.named_parameters(recurse=False)):
             name = f"{path}.{own}"
