@@ -264,6 +264,7 @@ def export(
     from chatvla_edge.export import robots
     from chatvla_edge.export.checkpoint.reader import open_checkpoint
     from chatvla_edge.export.exporter import READING, REFERENCE, Settings, export, plan
+    from chatvla_edge.export.room import memory
 
     if robot == "list":
         console.print("\n".join(robots.names()))
@@ -287,6 +288,8 @@ def export(
         for graph in planned.graphs:
             table.add_row(graph.name, str(len(graph.nodes)), _gigabytes(graph.weight_bytes))
         console.print(table)
+        needed, what = memory(planned.graphs, checkpoint, gates)
+        console.print(f"peak memory, predicted: {_gigabytes(needed)} ({what})", highlight=False)
         return
     with _progress() as bar:
         tasks = {READING: bar.add_task("reading the checkpoint", total=checkpoint.nbytes)}

@@ -175,6 +175,7 @@ def test_the_commands_tell_one_story(tmp_path):
     arguments = ["export", str(tmp_path / "c"), "-o", str(tmp_path / "b"), "--robot", "arx_r5_bimanual"]
     dry = runner.invoke(app, [*arguments, "--dry-run"])
     assert dry.exit_code == 0, dry.output
+    assert "peak memory, predicted" in dry.stdout
     assert not (tmp_path / "b").exists()
     done = runner.invoke(app, [*arguments, "--max-reasoning", "8", "--probes", "1"])
     assert done.exit_code == 0, done.output
