@@ -41,7 +41,7 @@ def bench(
         typer.echo(target)
     elif name is None:
         _list()
-    elif name not in (known := script.discover()):
+    elif (name := name.replace("-", "_")) not in (known := script.discover()):
         raise typer.BadParameter(f"found {name!r}, expected one of: {', '.join(known)}", param_hint="NAME")
     else:
         sys.exit(script.run(name, arguments or [], f"chatvla-edge bench {name}"))

@@ -25,8 +25,9 @@ from chatvla_edge.benchmarks.method import Batch, Comparison, Work, compare
 from chatvla_edge.benchmarks.peaks import beyond_caches, buffer, gemm_peak, streaming_read
 from chatvla_edge.benchmarks.report import Report
 from chatvla_edge.export.checkpoint.synth import PRESETS
-from chatvla_edge.export.lower.onnxruntime import PRECISIONS, Target, lower
+from chatvla_edge.export.lower.onnxruntime import Target, lower
 from chatvla_edge.export.model.experts import MixtureOfExperts
+from chatvla_edge.export.quantize import PRECISIONS
 from chatvla_edge.export.spec import LanguageSpec, PolicySpec
 from chatvla_edge.export.stages import functions
 from chatvla_edge.export.stages.graph import DOMAIN, Graph
@@ -39,6 +40,7 @@ GEOMETRY = "chatvla2-2b"
 NARROW = 560  # --quick: a sixteenth of the width, which caches hold
 MAPS = 16  # one expert's gate or up map each; int4: 7 MiB each, beyond a 32 MiB cache together
 ROWS = (16, 256)
+FORMS = ("fp32", "int8", "int8-row", "int4")  # int4-row has the experts of int4
 GOAL_BANDWIDTH = 0.9
 GOAL_PREFILL = 1.5
 
@@ -112,9 +114,9 @@ def in_turns(works: list[Work]) -> Batch:
 
 def visited_bytes(language: LanguageSpec, precision: str) -> float:
     """Bytes of weights and scales that one row reads: those of its k experts."""
-    form = PRECISIONS[precision]
-    per_weight = 4.0 if form is None else form.bits / 8 + 4 / form.block
-    return 3.0 * language.hidden * language.routed_width * per_weight * language.experts.top_k
+    form, hidden, width = PRECISIONS[precision].experts, language.hidden, language.routed_width
+    across, back = (32.0 if form is None else form.bits_per_weight(columns) for columns in (hidden, width))
+    return (2 * across + back) / 8 * hidden * width * language.experts.top_k
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -137,11 +139,10 @@ class _Layer:
         state = self.eager["eager fp32"].state_dict()
         parameters = Parameters(lambda name: state[name])
         self.files = {
-            precision: write(experts_graph(language, parameters), spec, precision, folder) for precision in PRECISIONS
+            precision: write(experts_graph(language, parameters), spec, precision, folder) for precision in FORMS
         }
         self.maps = {
-            precision: write(maps_graph(language, parameters), spec, precision, folder)
-            for precision in ("int8", "int4")
+            precision: write(maps_graph(language, parameters), spec, precision, folder) for precision in FORMS[1:]
         }
         self.rows = disjoint_rows(self.eager["eager fp32"], language.hidden)
         halved = MixtureOfExperts(language).to(torch.bfloat16)
@@ -225,7 +226,7 @@ def _one(report: Report, layer: _Layer, threads: int, seconds: float, nbytes: in
     language, told = layer.language, _threads(threads)
     found = decode(layer, threads, seconds, nbytes)
     report.add(found)
-    for precision in PRECISIONS:
+    for precision in FORMS:
         name = f"decode, {told}: {precision}"
         rate = visited_bytes(language, precision) / float(np.median(found.samples[name].values))
         report.figure(f"{name}: experts' bytes read", rate / 1e9, "GB/s")
@@ -252,7 +253,7 @@ def _one(report: Report, layer: _Layer, threads: int, seconds: float, nbytes: in
             report.figure(f"{name}: share of GEMM peak", flops / float(np.median(samples.values)) / peak, "x")
         best = max(
             found.ratio(f"{count} rows, {told}: eager bf16", over=f"{count} rows, {told}: {precision}").value
-            for precision in PRECISIONS
+            for precision in FORMS
         )
         if count == ROWS[-1]:
             name = f"routed experts, prefill {count}, {told}: best row-exact form over eager bf16"

@@ -2,19 +2,17 @@
 
 Streams (steps, noise, NaN bursts, teleports, reversed and jumping clocks, wants at and beyond every limit) and the
 oracle (vendor formulas, finite differences, Denavit-Hartenberg tables) are the tests' own, from ``tests/support``: run
-this from a checkout. With ``--json`` the run can be interrupted and goes on from that file, as long as limiter and
-oracle are the same; progress is written after every batch.
+this from a checkout. With ``--progress`` the run can be interrupted and goes on from that file, as long as limiter,
+streams and oracle are the same; it is written after every batch.
 
-    python -m chatvla_edge.benchmarks.fuzz_limits --ticks 10000000 --json fuzz.json
+    python -m chatvla_edge.benchmarks.fuzz_limits --progress progress.json --json fuzz_limits.json
 """
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import importlib
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,14 +20,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from chatvla_edge.benchmarks import script
 from chatvla_edge.benchmarks.method import once
+from chatvla_edge.benchmarks.report import Report
+from chatvla_edge.benchmarks.samples import Samples
 from chatvla_edge.runtime import limits
 from chatvla_edge.runtime.arm_model import load_arm
 from chatvla_edge.runtime.limits import KINDS, Limiter
 from chatvla_edge.runtime.realtime import now_ns
 from chatvla_edge.runtime.tracking import Tracker
+
+SUMMARY = "The limiter under ten million adversarial ticks: violations by an independent oracle, cost of a tick."
 
 BATCH = 20_000
 QUICK = 1_000_000
@@ -47,11 +49,16 @@ def support(name: str) -> ModuleType:
     return importlib.import_module(f"support.{name}")
 
 
-def digest() -> str:
-    """What a run's result depends on: the limiter's source and binary, the streams, the oracle."""
-    files = [CHECKOUT / "runtime" / "limits.py", Path(limits.__file__)]
+def sources() -> str:
+    """SHA-256 of what a run's result depends on: the limiter's source, the streams, the oracle."""
+    files = [CHECKOUT / "runtime" / f"limits.{suffix}" for suffix in ("py", "pxd")]
     files += [CHECKOUT / "tests" / "support" / f"{name}.py" for name in ("limit_fuzz", "limit_oracle")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def library() -> str:
+    """SHA-256 of the limiter as it was imported: the compiled library, or the source where it is interpreted."""
+    return hashlib.sha256(Path(limits.__file__).read_bytes()).hexdigest()
 
 
 def run_batch(number: int) -> tuple[str, dict[str, int], dict[str, int], bool, float]:
@@ -73,12 +80,14 @@ def run_batch(number: int) -> tuple[str, dict[str, int], dict[str, int], bool, f
     return name, violations, dict(zip(KINDS, clips.tolist(), strict=True)), limiter.standing(), seconds
 
 
-def fuzz_run(ticks: int, file: Path | None, console: Console) -> dict[str, Any]:
-    """Batches until ``ticks`` are done, going on from ``file`` where it holds the same limiter's progress."""
-    state: dict[str, Any] = {"digest": digest(), "ticks": 0, "seconds": 0.0, "stuck": 0, "violations": {}, "clips": {}}
-    if file is not None and file.is_file():
-        found = json.loads(file.read_text()).get("fuzz", {})
-        if found.get("digest") == state["digest"]:
+def fuzz_run(ticks: int, progress_file: Path | None) -> dict[str, Any]:
+    """Batches until ``ticks`` are done, going on from ``progress_file`` where it holds the same limiter's progress."""
+    state: dict[str, Any] = {"sources": sources(), "library": library(), "ticks": 0, "seconds": 0.0, "stuck": 0}
+    state |= {"violations": {}, "clips": {}}
+    console = Console(stderr=True)
+    if progress_file is not None and progress_file.is_file():
+        found = json.loads(progress_file.read_text())
+        if (found.get("sources"), found.get("library")) == (state["sources"], state["library"]):
             state = found
             console.print(f"going on after {state['ticks']} ticks")
     with Progress(console=console, transient=True) as progress:
@@ -92,13 +101,15 @@ def fuzz_run(ticks: int, file: Path | None, console: Console) -> dict[str, Any]:
                 for kind, count in counts.items():
                     total[kind] = total.get(kind, 0) + count
             progress.advance(task, BATCH)
-            if file is not None:
-                file.write_text(json.dumps({"fuzz": state}, indent=1))
+            if progress_file is not None:
+                whole = progress_file.with_name(f"{progress_file.name}.part")
+                whole.write_text(json.dumps(state, indent=1))
+                whole.replace(progress_file)
     return state
 
 
-def tick_cost(ticks: int) -> dict[str, dict[str, float]]:
-    """Microseconds of tracking and limits for 14 joints (two FR3 arms, walls on) per kind of target, timer included."""
+def tick_cost(report: Report, ticks: int) -> None:
+    """Rows: tracking and limits of 14 joints (two FR3 arms, walls on), per kind of target, timer and calls included."""
     fuzz = support("limit_fuzz")
     model = load_arm("fr3")
     period = 2_000_000
@@ -110,7 +121,6 @@ def tick_cost(ticks: int) -> dict[str, dict[str, float]]:
         "linear interpolation of 50 Hz": fuzz.HOME + np.interp(t[:, 0], knots, swing)[:, None] * np.ones(7),
         "jumps every 100 ms": fuzz.HOME + 0.15 * np.sign(np.sin(2.0 * np.pi * 5.0 * t)) * np.ones(7),
     }
-    costs: dict[str, dict[str, float]] = {}
     for name, rows in targets.items():
         arms = []
         for _ in range(2):
@@ -138,57 +148,44 @@ def tick_cost(ticks: int) -> dict[str, dict[str, float]]:
                 if answer:
                     clipped += 1
                     tracker.resume(limiter)
-        micro = took / 1e3
-        costs[name] = {
-            "tracking_p50": float(np.percentile(micro[:, 0], 50)),
-            "limits_p50": float(np.percentile(micro[:, 1], 50)),
-            "both_p50": float(np.percentile(micro.sum(axis=1), 50)),
-            "both_p99": float(np.percentile(micro.sum(axis=1), 99)),
-            "clipped": float(clipped),
-        }
-    return costs
+        for step, values in (("tracking", took[:, 0]), ("limits", took[:, 1]), ("both", took.sum(axis=1))):
+            report.add(Samples.of(f"{step}, {name}", values, scale=1e-9))
+        report.figure(f"ticks clipped, {name}", clipped, "")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Fuzz, time, print tables and goals; exit code 1 when a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} ticks; under a minute")
-    parser.add_argument("--ticks", type=int, help=f"default {FULL}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="result, and progress to go on from")
-    options = parser.parse_args(arguments)
-    console = Console()
-    ticks = options.ticks or (QUICK if options.quick else FULL)
-    state = fuzz_run(ticks, options.json, console)
-    costs = tick_cost(3000 if options.quick else 20_000)
+def add_arguments(parser: ArgumentParser) -> None:
+    """How long, and where progress is kept."""
+    parser.add_argument("--ticks", type=int, help=f"default {FULL}, with --quick {QUICK}")
+    parser.add_argument("--progress", type=Path, metavar="FILE", help="kept after every batch, and gone on from")
 
-    table = Table(title=f"{state['ticks']} fuzzed ticks: clips by reason, thousands of joint ticks")
-    table.add_column("reason")
-    for name in state["clips"]:
-        table.add_column(name.replace("+", " "), justify="right")
+
+def run(options: Namespace) -> Report:
+    """Fuzz, then time."""
+    report = Report(title="The limiter under adversarial targets and clocks")
+    state = fuzz_run(options.ticks or (QUICK if options.quick else FULL), options.progress)
+    report.figure("ticks fuzzed", state["ticks"], "")
+    report.figure("time in the limiter", state["seconds"], "s")
     for kind in KINDS:
-        table.add_row(kind, *(f"{clips[kind] / 1e3:.1f}" for clips in state["clips"].values()))
-    console.print(table)
-    table = Table(title="14 joints, microseconds per tick, calls from Python included")
-    for head in ("target", "tracking p50", "limits p50", "both p50", "both p99", "ticks clipped"):
-        table.add_column(head, justify="left" if head == "target" else "right")
-    for name, cost in costs.items():
-        table.add_row(name, *(f"{cost[key]:.2f}" for key in list(cost)[:4]), f"{cost['clipped']:.0f}")
-    console.print(table)
+        report.figure(f"clipped for {kind}", sum(clips[kind] for clips in state["clips"].values()), "joint ticks")
+    for name, clips in state["clips"].items():
+        report.note(f"{name}, clipped joint ticks: {_listed(clips)}")
+    report.note(f"violations: {_listed(state['violations'])}")
+    tick_cost(report, 3000 if options.quick else 20_000)
+    report.method.append(
+        f"streams of {BATCH} ticks over {len(state['clips'])} arms and rates; commands judged by the oracle, "
+        "each stream's end by 4000 ticks of braking"
+    )
+    report.method.append(f"limiter, streams and oracle: sha256 {state['sources']}; library: sha256 {state['library']}")
+    report.method.append("tick cost: two FR3 arms with walls at 500 Hz, timer and calls from Python included")
+    report.goal("ticks fuzzed", state["ticks"], ">=", FULL)
+    report.goal("limit violations by the oracle", sum(state["violations"].values()), "==", 0)
+    report.goal("streams from whose end the arm could not stop", state["stuck"], "==", 0)
+    return report
 
-    total = sum(state["violations"].values())
-    goals = [
-        {"name": "ticks fuzzed", "value": state["ticks"], "goal": FULL, "ok": state["ticks"] >= FULL},
-        {"name": "limit violations by the oracle", "value": total, "goal": 0, "ok": total == 0},
-        {"name": "streams from whose end the arm could not stop", "value": state["stuck"], "goal": 0}
-        | {"ok": state["stuck"] == 0},
-    ]
-    for goal in goals:
-        mark = "[green]met[/]" if goal["ok"] else "[red]not met[/]"
-        console.print(f"{goal['name']}: {goal['value']} (goal {goal['goal']}) {mark}")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"fuzz": state, "tick_us": costs, "goals": goals}, indent=1))
-    return 0 if all(goal["ok"] for goal in goals) else 1
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main(__file__))

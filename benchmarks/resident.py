@@ -12,9 +12,9 @@ from chatvla_edge.benchmarks.method import once
 from chatvla_edge.runtime.bundle import open_bundle
 from chatvla_edge.runtime.engines.onnxruntime import Threads
 from chatvla_edge.runtime.policy import Policy
+from chatvla_edge.runtime.resident import resident
 
 INSTRUCTION = "Solve the equation and point out the correct answer."
-FIELDS = {"rss": "VmRSS", "anonymous": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure(bundle: Path, threads: int) -> Resident:
 
 def tell(path: str, threads: int) -> None:
     """Print what this process holds: the body of `measure`'s process."""
-    before = _status()["rss"]
+    before = resident()["resident"]
     bundle, verify_s = once(lambda: open_bundle(path))
     policy, load_s = once(lambda: Policy(bundle.path, bundle.manifest, Threads(threads)))
     frames = [np.zeros((camera.height, camera.width, 3), np.uint8) for camera in bundle.manifest.cameras]
@@ -51,10 +51,7 @@ def tell(path: str, threads: int) -> None:
     policy.query(frames, state, INSTRUCTION, policy.noise(0))
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported on the robot's side, and with it its memory")
-    found = {"before": before, **_status(), "verify_s": verify_s, "load_s": load_s}
+    held = resident()
+    held["rss"] = held.pop("resident")
+    found = {"before": before, **held, "verify_s": verify_s, "load_s": load_s}
     sys.stdout.write(json.dumps(found))
-
-
-def _status() -> dict[str, int]:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {name: int(lines[field].split()[0]) * 1024 for name, field in FIELDS.items()}

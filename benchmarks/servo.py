@@ -3,7 +3,8 @@
 - wake-up: the servo's own loop (14 joints, 1 kHz, SCHED_FIFO where permitted) and cyclictest take turns within seconds
   of each other, idle, beside a load on every core, and beside a Python thread that never lets go of the GIL. What
   cyclictest finds is the machine's share; pairs are compared, so a stall of the host hits both sides or neither pair.
-- the same loop in Python, asleep by `time.sleep`: what the servo would be without Cython.
+- the same loop in Python, asleep by `time.sleep`: what the servo would be without Cython; and LeRobot's action-queue
+  loop, written anew from its public source (`action_queue_loop`), at the same rate and at one that it is made for.
 - tick cost: wall time of each step, taken by the servo itself, in the loop (cold after each sleep) and back to back.
 - hand-off: chunks published at any time; each row of telemetry says which chunk its tick used.
 
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chatvla_edge.benchmarks import script
+from chatvla_edge.benchmarks import action_queue_loop, script
 from chatvla_edge.benchmarks.report import Report
 from chatvla_edge.benchmarks.samples import Samples, ratio
 from chatvla_edge.runtime import realtime
@@ -160,6 +161,37 @@ def python_loop(seconds: float) -> NDArray[np.float64]:
     return np.array(late) / 1e3
 
 
+def peers(report: Report, seconds: float) -> None:
+    """Rows of LeRobot's loop: at the servo's rate and at 50 Hz, idle and beside a GIL hog."""
+    try:
+        action_queue_loop.run(ARMS * AXES, 50.0, 20, 0.1)
+    except ImportError:
+        report.note("LeRobot's loop was not measured: it needs torch, which is not installed.")
+        return
+    for beside, condition in (("idle", nothing), ("GIL hog", gil_hog)):
+        for rate, multiplier in ((50.0, RATE // 50), (50.0, 1)):
+            found: list[tuple[NDArray[np.float64], NDArray[np.float64], float]] = []
+
+            def body(rate: float = rate, multiplier: int = multiplier) -> None:
+                realtime.enter(PRIORITY)
+                found.append(action_queue_loop.run(ARMS * AXES, rate, multiplier, seconds))  # noqa: B023
+
+            with condition():
+                thread = threading.Thread(target=body)
+                thread.start()
+                thread.join()
+            ((late, work, held),) = found
+            name = f"LeRobot's loop at {rate * multiplier:.0f} Hz, {beside}"
+            report.add(Samples.of(f"{name}: wake-up", late))
+            report.add(Samples.of(f"{name}: work of a tick", work))
+            report.figure(f"{name}: rate held", held, "Hz")
+    report.note(
+        "LeRobot's loop is a re-implementation of what its source does per tick (see action_queue_loop), without "
+        "cameras and processors. It is made for 30 to 60 Hz; at the servo's rate it is out of its element, and shown "
+        "there because a tick is compared with a tick. Its tick neither limits nor blends."
+    )
+
+
 @contextmanager
 def gil_hog() -> Iterator[None]:
     """A Python thread of this process that never sleeps."""
@@ -285,7 +317,7 @@ def allocated(rig: Rig, ticks: int) -> int | None:
 
 def run(options: Namespace) -> Report:
     """Pairs first, so that they meet the machine as it is; then costs and hand-off."""
-    pairs, seconds = (9, 0.8) if options.quick else (15, 4.0)
+    pairs, seconds = (9, 0.8) if options.quick else (15, 3.0)
     chance = random.Random(0)  # noqa: S311  (an order, not a secret)
     rig = Rig()
     rig.track()
@@ -306,6 +338,7 @@ def run(options: Namespace) -> Report:
     report.add(Samples.of("Python loop, idle", python_loop(2 * seconds), scale=1e-6))
     with gil_hog():
         report.add(Samples.of("Python loop, GIL hog", python_loop(2 * seconds), scale=1e-6))
+    peers(report, 2 * seconds)
 
     rig.post()
     rig.servo.clear_histograms()
@@ -354,7 +387,6 @@ def run(options: Namespace) -> Report:
     )
     grants = ", ".join(f"{g.what} {'obtained' if g.obtained else 'refused'}" for g in grants_here())
     report.method.append(f"real-time rights: {grants}")
-    report.note("LeRobot's own loop is left out: it needs torch beside it; 'Python loop' is the same kind of loop.")
     if punctual is None:
         report.note(f"{no_cyclictest}: the machine's share of the lateness is unknown.")
     return report

@@ -16,7 +16,28 @@ if TYPE_CHECKING:
 app = typer.Typer()
 console = Console()
 
-CheckpointPath = Annotated[Path, typer.Argument(help="Checkpoint directory.", exists=True, show_default=False)]
+
+def _checkpoint(context: typer.Context, path: Path) -> Path:
+    """The path as given, unless it is a bundle: a command for that is named."""
+    if (path / "manifest.json").is_file() and not (path / "config.json").is_file():
+        name = context.info_name
+        others = {
+            "inspect-checkpoint": f"use `chatvla-edge inspect {path}`",
+            "export": "a bundle is what `export` makes; pass the checkpoint it came from",
+        }
+        raise ValueError(
+            f"{path} is a bundle, `{name}` takes a checkpoint: "
+            + others.get(str(name), "pass the checkpoint it was exported from")
+        )
+    return path
+
+
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        help="Checkpoint directory.", metavar="CHECKPOINT", exists=True, show_default=False, callback=_checkpoint
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not hold weights yet.")]
 Precision = Literal["fp32", "bf16"]
 
@@ -87,26 +108,14 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _show(path: Path, facts: dict[str, Any]) -> None:
+    from chatvla_edge.runtime.bundle import bytes_in_words, policy_in_words
+
     spec, counted = facts["spec"], facts["parameters"]
-    language, vision, head = spec["language"], spec["vision"], spec["head"]
-    rows: dict[str, str] = {}
-    rows["variant"] = facts["variant"]
-    rows["experts"] = facts["experts"]
-    rows["language"] = (
-        f"{language['layers']} layers, hidden {language['hidden']}, {language['heads']} heads over "
-        f"{language['kv_heads']} key/value heads, intermediate {language['intermediate']}, "
-        f"vocabulary {language['vocab']}"
-    )
-    rows["vision"] = f"{vision['depth']} blocks, width {vision['embed_dim']}, {vision['heads']} heads"
-    if head:
-        rows["head"] = (
-            f"ScaleDP {facts['head']}: {head['depth']} blocks, width {head['width']}, {head['heads']} heads; "
-            f"{spec['sampler']['steps']} of {spec['sampler']['train_steps']} diffusion steps"
-        )
-        rows["conditioning"] = _conditioning(spec)
-        rows["chunk"] = f"{head['horizon']} actions of {head['action_dim']}, state of {head['state_dim']}"
+    sampler = spec["sampler"]
+    rows = policy_in_words(facts["variant"], spec, (sampler["steps"], sampler["train_steps"]))
+    if spec["head"]:
         rows["meaning"] = facts["meaning"]
-    rows["stored"] = f"{', '.join(facts['stored_dtypes'])}, {_gigabytes(facts['stored_bytes'])}"
+    rows["stored"] = f"{', '.join(facts['stored_dtypes'])}, {bytes_in_words(facts['stored_bytes'])}"
     table = Table(title=str(path), show_header=False, title_style="bold")
     table.add_column(style="cyan")
     table.add_column(overflow="fold")
@@ -124,7 +133,7 @@ def _show(path: Path, facts: dict[str, Any]) -> None:
     table.add_row("active per token", f"{counted['active_per_token']:,}")
     console.print(table)
 
-    sizes = ", ".join(f"{precision} {_gigabytes(size)}" for precision, size in facts["bytes"].items())
+    sizes = ", ".join(f"{precision} {bytes_in_words(size)}" for precision, size in facts["bytes"].items())
     console.print(f"[cyan]all weights in[/cyan] {sizes}")
     for note in facts["notes"]:
         console.print("[yellow]note[/yellow]", Text(note))
@@ -134,22 +143,6 @@ def _show(path: Path, facts: dict[str, Any]) -> None:
     for reason, names in reasons.items():
         shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         console.print("[cyan]left out[/cyan]", Text(f"{shown}: {reason}"))
-
-
-def _conditioning(spec: dict[str, Any]) -> str:
-    head = spec["head"]
-    words = {"film": "FiLM on the reasoning", "sum": "input + reasoning"}[spec["fusion"]["kind"]]
-    words += {"combine": ", obs and state through an MLP", "norm": ", LayerNorm(obs) beside the state"}[
-        head["conditioning"]
-    ]
-    if follows := head["reasoning"]:
-        words += f"; blocks {follows['start']}..{follows['stop'] - 1} follow the reasoning"
-        words += " and the final layer too" if follows["final"] else ", the final layer does not"
-    return words
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 @app.command("synth")
@@ -163,12 +156,13 @@ def synth(
     """Write a synthetic checkpoint with random weights: real names, shapes and files, for time, memory and parity."""
     from chatvla_edge.export.accounting import parameters
     from chatvla_edge.export.checkpoint.synth import PRESETS, synthesize, truncated
+    from chatvla_edge.runtime.bundle import bytes_in_words
 
     if geometry == "list":
         table = Table("geometry", "parameters", "bf16", "what")
         for name, (spec, _, what) in PRESETS.items():
             counted = parameters(spec)
-            table.add_row(name, f"{counted.total:,}", _gigabytes(counted.bytes("bf16")), what)
+            table.add_row(name, f"{counted.total:,}", bytes_in_words(counted.bytes("bf16")), what)
         console.print(table)
         return
     if geometry not in PRESETS:
@@ -246,7 +240,13 @@ def export(
         str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
     ],
     target: Annotated[str, typer.Option(help="cpu; cuda (not run on any GPU yet, without gates).")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, int8 (block-wise) or int4 (blocks of 128).")] = "int8",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; int8 or int4 (blocks of 128); int8-row or int4-row (one scale per row: integer products, "
+            "several times faster for many rows, less robust against outliers)."
+        ),
+    ] = "int8",
     base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
     task: Annotated[str | None, typer.Option(help="Task, where the statistics hold several.")] = None,
     max_reasoning: Annotated[int, typer.Option(help="Longest reasoning, in tokens.", min=1)] = 256,
@@ -265,6 +265,7 @@ def export(
     from chatvla_edge.export.checkpoint.reader import open_checkpoint
     from chatvla_edge.export.exporter import READING, REFERENCE, Settings, export, plan
     from chatvla_edge.export.room import memory
+    from chatvla_edge.runtime.bundle import bytes_in_words
 
     if robot == "list":
         console.print("\n".join(robots.names()))
@@ -286,10 +287,10 @@ def export(
     if dry_run:
         table = Table("stage", "nodes", "weights")
         for graph in planned.graphs:
-            table.add_row(graph.name, str(len(graph.nodes)), _gigabytes(graph.weight_bytes))
+            table.add_row(graph.name, str(len(graph.nodes)), bytes_in_words(graph.weight_bytes))
         console.print(table)
         needed, what = memory(planned.graphs, checkpoint, gates)
-        console.print(f"peak memory, predicted: {_gigabytes(needed)} ({what})", highlight=False)
+        console.print(f"peak memory, predicted: {bytes_in_words(needed)} ({what})", highlight=False)
         return
     with _progress() as bar:
         tasks = {READING: bar.add_task("reading the checkpoint", total=checkpoint.nbytes)}
@@ -307,7 +308,7 @@ def export(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None  # what is kept was said
     failed = [result.name for result in bundle.manifest.gates.results if result.verdict == "failed"]
-    console.print(f"{output}: {target} {precision}, {bundle.size:,} bytes", highlight=False)
+    console.print(f"{output}: {target} {precision}, {bytes_in_words(bundle.size)}", highlight=False)
     if failed:
         console.print(f"[red]failed gates, allowed:[/red] {', '.join(failed)}")
     if not gates:

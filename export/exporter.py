@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import helper
 from pydantic import BaseModel
 from torch import Tensor
 
 from chatvla_edge.export import identity, room
+from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint
 from chatvla_edge.export.checkpoint.tokenizer import find_tokenizer
 from chatvla_edge.export.lower import cuda
@@ -23,8 +26,8 @@ from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import INSTRUCTION, probe_file, reference, rounding, scenes
-from chatvla_edge.export.quantize import BlockFormat
+from chatvla_edge.export.probes import INSTRUCTION, observation, probe_file, reference, rounding, scenes
+from chatvla_edge.export.quantize import Precision
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec, PolicySpec
 from chatvla_edge.export.stages.denoise import condition, denoise
@@ -34,7 +37,7 @@ from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
 from chatvla_edge.export.streaming import streamed
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import judge, read_probe, spoken
+from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe, spoken
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -80,7 +83,7 @@ class Plan:
 
     graphs: tuple[Graph, ...]
     capacity: int
-    form: BlockFormat | None
+    form: Precision
 
 
 def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -180,7 +183,9 @@ def _write(
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
         results = judge(writer.directory, contents, arrays, settings.threads)
-        contents = _judged(contents, results, probes, settings)
+        draft = arrays[probes[0]]["lowering_parity.token_ids"]
+        parts = _parts(checkpoint, settings, planned, contents, writer.directory, draft)
+        contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
     writer.add(PARITY, _json(contents.gates))
     return writer.commit(contents)
 
@@ -211,6 +216,7 @@ def _probes(
     say("running the reference over the probes ...")
     prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
     preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
+    named = {camera.name: steps for camera, steps in zip(cameras, preprocessing, strict=True)}
     sizes = [(camera.height, camera.width) for camera in cameras]
     seen = scenes(settings.probes, sizes, normalization, head.horizon)
     asked = [(seen[index].frames, seen[index].state, seen[index].instruction, seen[index].noise) for index in todo]
@@ -223,15 +229,37 @@ def _probes(
         return tensor
 
     held = streamed(checkpoint.spec, read, rounding(planned.form))
-    model = streamed(checkpoint.spec, read) if planned.form is not None else held
+    model = streamed(checkpoint.spec, read) if planned.form.rounds else held
     for (index, key), draft in zip(todo.items(), drafts, strict=True):
         given = (prompt, preprocessing, normalization, seen[index], settings.max_reasoning)
         outputs = {"lowering_parity": reference(held, *given, draft)}
         draft = outputs["lowering_parity"]["token_ids"].tolist()
         outputs["quantization_error"] = outputs["lowering_parity"] if model is held else reference(model, *given, draft)
         with writer.step(names[index], key):
-            writer.add(names[index], probe_file(seen[index], outputs))
+            observed = observation(checkpoint.spec, named, prompt, normalization, seen[index])
+            writer.add(names[index], probe_file(observed, outputs))
     return names
+
+
+def _parts(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    planned: Plan,
+    contents: b.Contents,
+    directory: Path,
+    draft: NDArray[np.int64],
+) -> list[Part]:
+    """Every part of every stage by itself, beside the reference; draft: what it said of the first scene."""
+    head, cameras = checkpoint.spec.head, settings.robot.cameras
+    assert head is not None
+    prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
+    named = {camera.name: Preprocessing(camera.preprocessing) for camera in cameras}
+    sizes = [(camera.height, camera.width) for camera in cameras]
+    (scene,) = scenes(1, sizes, normalization, head.horizon)
+    seen = {**observation(checkpoint.spec, named, prompt, normalization, scene), "draft": draft}
+    room.give_back()
+    held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
+    return bisect(directory, contents, held, seen, settings.threads)
 
 
 def _kept(writer: b.ResumableWriter) -> str:
@@ -257,13 +285,22 @@ def _fits(robot: Robot, head: HeadSpec) -> None:
             )
 
 
-def _judged(contents: b.Contents, results: Sequence[b.GateResult], probes: list[str], settings: Settings) -> b.Contents:
+def _judged(
+    contents: b.Contents,
+    results: Sequence[b.GateResult],
+    parts: Sequence[Part],
+    probes: list[str],
+    settings: Settings,
+) -> b.Contents:
     failed = [result for result in results if result.verdict == "failed"]
     if failed and not settings.allow_failed_gates:
-        lines = "; ".join(f"{result.name}: {result.value} (limit {result.limit})" for result in failed)
+        lines = "; ".join(
+            f"{result.name}: {result.value} (limit {result.limit}), {meaning(result)}" for result in failed
+        )
+        first = next((f"The first part to diverge: {part.name}. " for part in parts if part.diverges), "")
         raise GateError(
-            f"the engines do not compute what the checkpoint computes: {lines}. No bundle was written. Choose a higher "
-            "precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
+            f"the engines do not compute what the checkpoint computes: {lines}. {first}No bundle was written. Choose a "
+            "higher precision, or --allow-failed-gates to write the bundle with these failures in its manifest"
         )
     gates = b.Gates(results=tuple(results), allowed_failed_gates=tuple(result.name for result in failed))
     return contents.model_copy(update={"gates": gates, "probes": tuple(probes)})

@@ -25,7 +25,8 @@ from chatvla_edge.export.model.images import Preprocessing, patches
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.model.prompt import Prompt
 from chatvla_edge.export.normalization import Normalization
-from chatvla_edge.export.quantize import BlockFormat, dequantize, is_quantized, quantize
+from chatvla_edge.export.quantize import BlockFormat, Precision, dequantize, quantize
+from chatvla_edge.export.spec import PolicySpec
 from chatvla_edge.export.streaming import Rounding, Values, as_stored, streamed
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -46,10 +47,15 @@ class Scene:
     instruction: str
 
 
-def scenes(count: int, sizes: Sequence[tuple[int, int]], normalization: Normalization, horizon: int) -> list[Scene]:
-    """Made-up observations: smooth random pictures, states within two deviations of the training data's mean."""
+def scenes(
+    count: int, sizes: Sequence[tuple[int, int]], normalization: Normalization, horizon: int, first: int = 0
+) -> list[Scene]:
+    """Made-up observations: smooth random pictures, states within two deviations of the training data's mean.
+
+    They are numbered; `first` is the number, and the seed, of the first.
+    """
     out = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         frames = [_picture(rng, *size) for size in sizes]
         spread = rng.uniform(-2, 2, len(normalization.state_mean)).astype(np.float32)
@@ -66,22 +72,23 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> NDArray[np.ui
     return np.clip(fine, 0, 255).astype(np.uint8)
 
 
-def dequantized(model: ChatVLA2, form: BlockFormat | None) -> ChatVLA2:
-    """The model over the weights that a bundle of this form holds, all of it in memory; None gives the model itself."""
-    if form is None:
+def dequantized(model: ChatVLA2, precision: Precision) -> ChatVLA2:
+    """The model over the weights that a bundle of this precision holds, all in memory; fp32 gives the model itself."""
+    if not precision.rounds:
         return model
     tensors = {name: value.detach() for name, value in model.named_parameters()}
-    return streamed(model.spec, tensors.__getitem__, rounding(form), held=sys.maxsize)
+    return streamed(model.spec, tensors.__getitem__, rounding(precision), held=sys.maxsize)
 
 
-def rounding(form: BlockFormat | None) -> Rounding:
-    """What a bundle of this form makes of each parameter, for `streamed`."""
+def rounding(precision: Precision) -> Rounding:
+    """What a bundle of this precision makes of each parameter, for `streamed`."""
 
     def of(name: str, shape: tuple[int, ...]) -> Values:
         columns = math.prod(shape[1:]) // (shape[2] if len(shape) == 5 else 1)
-        if form is None or len(shape) not in (2, 5) or _NO_MAP.fullmatch(name):
+        if len(shape) not in (2, 5) or _NO_MAP.fullmatch(name):
             return as_stored
-        if not is_quantized(name, (shape[0], columns)):
+        form = precision.form(name, (shape[0], columns))
+        if form is None:
             return as_stored
         return partial(_rounded if len(shape) == 2 else _folded, form=form)
 
@@ -124,6 +131,8 @@ def reference(
     state = torch.from_numpy(normalization.state(scene.state))[None]
     conditions = model.head.condition(observed[None], reasoned[None], state)
     hidden = torch.cat([generation.prompt, generation.decoded])
+    sampled = model.head.sample(torch.from_numpy(scene.noise)[None], conditions, model.spec.sampler)
+    normalized: NDArray[np.float32] = sampled[0].numpy()
     return {
         "image_tokens": image_tokens.numpy(),
         "token_ids": np.asarray(generation.token_ids, np.int64),
@@ -131,8 +140,9 @@ def reference(
         "routing": routing,
         "prompt_mean": means[0].numpy(),
         "reasoning_mean": means[1].numpy(),
-        "modulations": _modulations(model, conditions),
-        "normalized": model.head.sample(torch.from_numpy(scene.noise)[None], conditions, model.spec.sampler)[0].numpy(),
+        "modulations": modulations(model, conditions),
+        "normalized": normalized,
+        "chunk": normalization.chunk(normalized),
     }
 
 
@@ -216,7 +226,7 @@ class _Routing:
         return found
 
 
-def _modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[np.float32]:
+def modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[np.float32]:
     """All adaLN vectors of all steps, [steps, M], in the order in which the `condition` stage writes them."""
     head, which = model.head, model.head.head.reasoning
     time = head.t_embedder(torch.tensor([at.timestep for at in ddim.steps(model.spec.sampler)]))
@@ -230,14 +240,42 @@ def _modulations(model: ChatVLA2, conditions: tuple[Tensor, Tensor]) -> NDArray[
     return modulations
 
 
-def probe_file(scene: Scene, references: Mapping[str, Arrays]) -> bytes:
-    """One probe as an .npz without pickles. references: kind of gate -> outputs."""
+def observation(
+    spec: PolicySpec,
+    cameras: Mapping[str, Preprocessing],
+    prompt: Prompt,
+    normalization: Normalization,
+    scene: Scene,
+) -> Arrays:
+    """A scene, camera by camera, and what the reference hands its first stages: pixels, prompt, state."""
     arrays: Arrays = {
-        **{f"frame_{index}": frame for index, frame in enumerate(scene.frames)},
         "state": scene.state,
         "noise": scene.noise,
         "instruction": np.frombuffer(scene.instruction.encode(), np.uint8),
+        "normalized_state": normalization.state(scene.state),
     }
+    grids = []
+    for (name, steps), frame in zip(cameras.items(), scene.frames, strict=True):
+        rows, grid = patches(steps(frame))
+        grids.append(grid)
+        arrays[f"frame.{name}"] = frame
+        # Both temporal slices of a patch are this one frame; engines take one.
+        arrays[f"patches.{name}"] = folded(rows, spec)
+    ids = torch.tensor(prompt.ids(grids, scene.instruction))
+    positions, _ = mrope_positions(ids, grids, spec.tokens.image_pad, spec.vision.merge)
+    return arrays | {"prompt_ids": ids.numpy(), "prompt_positions": positions.numpy()}
+
+
+def folded(rows: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32]:
+    """Patches [P, 1176] of the published processor -> [P, 588] as engines take them: one of two equal slices."""
+    vision = spec.vision
+    cut = rows.reshape(len(rows), vision.channels, vision.temporal_patch, -1)
+    return np.ascontiguousarray(cut[:, :, 0].reshape(len(rows), -1))
+
+
+def probe_file(observed: Arrays, references: Mapping[str, Arrays]) -> bytes:
+    """One probe as an .npz without pickles. references: kind of gate -> outputs."""
+    arrays = dict(observed)
     for kind, outputs in references.items():
         arrays |= {f"{kind}.{name}": value for name, value in outputs.items()}
     buffer = io.BytesIO()

@@ -8,6 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from chatvla_edge.runtime.bundle import SCALEDP_SIZES as SCALEDP_SIZES
+from chatvla_edge.runtime.bundle import expert_kind, experts_in_words, head_size
+
 
 class Data(BaseModel):
     """A frozen value; unknown fields are errors, so that a misspelt setting is never silently a default."""
@@ -81,28 +84,12 @@ class ExpertsSpec(Data):
     @property
     def kind(self) -> str:
         """The variant's name in the paper's Table 3."""
-        if not (self.routed or self.shared or self.static):
-            return "dense"
-        parts = [
-            name
-            for name, there in (("static", self.static), ("shared", self.shared), ("dynamic", self.routed))
-            if there
-        ]
-        return " + ".join(parts)
+        return expert_kind(self.model_dump())
 
     @property
     def summary(self) -> str:
         """One phrase for tables: `dynamic, 8 experts, top-2`."""
-        words = [self.kind]
-        if self.routed:
-            words.append(f"{self.routed} experts, top-{self.top_k}")
-            if self.scoring == "sigmoid":
-                words.append("sigmoid scores")
-        if self.shared:
-            words.append(f"{self.shared} shared")
-        if self.static:
-            words.append(f"{self.static} static, expert {self.static_active} active")
-        return ", ".join(words)
+        return experts_in_words(self.model_dump())
 
 
 class LanguageSpec(Data):
@@ -154,16 +141,6 @@ class FusionSpec(Data):
     kind: Literal["film", "sum"] = "sum"
 
 
-# Published ScaleDP / DiT sizes: depth, width, heads. A checkpoint's tensors win over the name it carries.
-SCALEDP_SIZES: dict[str, tuple[int, int, int]] = {
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-    "H": (32, 1280, 16),
-}
-
-
 class ReasoningSpec(Data):
     """Which blocks of the head follow the reasoning instead of the observation: [start, stop), and the final layer.
 
@@ -213,10 +190,7 @@ class HeadSpec(Data):
     @property
     def size(self) -> str:
         """The published size name that these numbers have, or `depth x width`."""
-        for name, numbers in SCALEDP_SIZES.items():
-            if numbers == (self.depth, self.width, self.heads):
-                return name
-        return f"{self.depth}x{self.width}"
+        return head_size(self.model_dump())
 
 
 class SamplerSpec(Data):

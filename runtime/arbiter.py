@@ -11,6 +11,10 @@ not what causes them.
                             FAULT -> DISARMED        (FAULT from ACTIVE, HOLD and SOFT_STOP)
 
 An unarmed rig has no FAULT: what would be one stands against arming and keeps it DISARMED for as long as it lasts.
+
+ACTIVE is for the policy's trajectory, or for an *errand*: `home` and `park` send the arms to a pose of the rig. That
+needs neither policy nor cameras, so it may begin where `arm` would be refused for want of them. At home the arms stand
+until `resume`; parked, they are disarmed.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +32,7 @@ EDGES = frozenset(
     {
         (Mode.DISARMED, Mode.READY),  # nothing stands against arming any more
         (Mode.READY, Mode.DISARMED),
-        (Mode.READY, Mode.ACTIVE),  # `arm`, the only way to motion
+        (Mode.READY, Mode.ACTIVE),  # `arm`, `home`, `park`: the only way to motion
         (Mode.ACTIVE, Mode.HOLD),
         (Mode.HOLD, Mode.ACTIVE),  # all reasons to hold have cleared
         (Mode.ACTIVE, Mode.SOFT_STOP),
@@ -55,6 +59,8 @@ class Act(Enum):
     """What an operator can ask for."""
 
     ARM = "arm"
+    HOME = "home"
+    PARK = "park"
     DISARM = "disarm"
     STOP = "stop"
     HOLD = "hold"
@@ -64,6 +70,7 @@ class Act(Enum):
     CLEAR = "clear"
 
 
+ARMING = frozenset({Act.ARM, Act.HOME, Act.PARK})  # what motion begins with
 REDUCING = frozenset({Act.DISARM, Act.STOP, Act.HOLD, Act.ESTOP})  # never refused, and first whatever the order
 
 
@@ -110,6 +117,7 @@ class State:
     lease_until_ns: int = 0
     arming: int = 0  # counts accepted arms; a servo that sees a new one starts with a slow approach
     speed: float = 1.0
+    errand: Want | None = None  # what ACTIVE is for, None: the policy's trajectory
     held: bool = False  # by the operator, until `resume`
     stop_asked: bool = False
     waiting_since_ns: int = 0  # in HOLD by no wish of the operator, 0 when not
@@ -120,6 +128,11 @@ class State:
     watch: Watch = field(default_factory=dict)
     causes: tuple[Reason, ...] = ()  # what led to the last soft stop or fault, kept until the next arm
     parts: tuple[str, ...] = ()
+
+    @property
+    def want(self) -> Want:
+        """What the servo is told in this state."""
+        return self.errand if self.mode is Mode.ACTIVE and self.errand is not None else WANT[self.mode]
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class Decision:
     @property
     def order(self) -> Order:
         """What to tell the servo."""
-        return Order(WANT[self.state.mode], self.state.arming, self.state.speed)
+        return Order(self.state.want, self.state.arming, self.state.speed)
 
     @property
     def blocking(self) -> tuple[Reason, ...]:
@@ -178,7 +191,8 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
         mode=was,
         now_ns=now_ns,
         arming=state.arming,
-        want=WANT[was],
+        want=state.want,
+        errand=state.errand is not None,
         held=state.held,
         stop_asked=state.stop_asked,
         estop_asked=Act.ESTOP in asked,
@@ -195,10 +209,12 @@ def step(state: State, seen: Observations, requests: Iterable[Request], now_ns: 
     moves = [(was, state.mode)] if state.mode is not was else []
     replies = []
     clear_estop = None
-    for request in sorted(requests, key=lambda request: request.act is Act.ARM):  # all else is done before
+    for request in sorted(requests, key=lambda request: request.act in ARMING):  # all else is done before
         middle = state.mode
         state, reply = _answer(state, request, asked, was, seen, reasons)
         replies.append(reply)
+        if middle is Mode.DISARMED and state.mode is Mode.ACTIVE:  # ready for an errand, though not for more
+            moves.append((middle, middle := Mode.READY))
         if state.mode is not middle:
             moves.append((middle, state.mode))
         if request.act is Act.CLEAR and reply.accepted and seen.estop_raised:
@@ -259,7 +275,7 @@ def _entered(state: State, mode: Mode, reasons: tuple[Reason, ...]) -> State:
         causes = (r for r in reasons if r.condition.reaction >= Reaction.HOLD and r.key not in known)
         return replace(state, causes=(*state.causes, *causes))
     if mode is Mode.DISARMED:
-        return replace(state, held=False, stop_asked=False)
+        return replace(state, held=False, stop_asked=False, errand=None)
     return state
 
 
@@ -294,6 +310,8 @@ def _answer(
         if state.mode is not Mode.FAULT and not seen.estop_raised:
             return refuse("nothing is latched")
         return accept(_entered(state, Mode.DISARMED, reasons), "cleared", blocking)
+    if act is Act.RESUME and state.mode is Mode.ACTIVE and state.errand is not None:
+        return accept(replace(state, errand=None), "back to the policy; it begins with a slow approach")
     if act is Act.RESUME:
         others = tuple(reason for reason in reasons if reason.condition.name != "operator hold")
         if state.mode is not Mode.HOLD:
@@ -301,9 +319,15 @@ def _answer(
         if not state.held:
             return refuse("it resumes by itself when these have cleared", others)
         return accept(replace(state, held=False), "resuming" if not others else "resuming when these clear", others)
-    assert act is Act.ARM
-    if state.mode is Mode.READY:
-        armed = replace(_entered(state, Mode.ACTIVE, reasons), arming=state.arming + 1, causes=())
+    assert act in ARMING
+    errand = None if act is Act.ARM else Want(act.value)
+    if errand is not None:
+        if state.mode in (Mode.ACTIVE, Mode.HOLD):
+            return accept(replace(state, errand=errand, held=False), f"slowly to {act.value}")
+        blocking = tuple(reason for reason in blocking if reason.condition.of_errands)
+    idle = {was, state.mode} <= {Mode.DISARMED, Mode.READY}
+    if state.mode is Mode.READY or (errand is not None and idle and not blocking):
+        armed = replace(_entered(state, Mode.ACTIVE, reasons), arming=state.arming + 1, causes=(), errand=errand)
         return accept(armed, f"armed, arming {armed.arming}; it begins with a slow approach")
     if state.mode in ARMED:
         return refuse(f"{state.mode.value}: armed already")

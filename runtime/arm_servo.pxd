@@ -38,6 +38,8 @@ cdef class ArmServo:
     cdef double direct_scale[MOST_AXES]
     cdef double direct_offset[MOST_AXES]
     cdef double solved[MOST_AXES]
+    cdef double home[MOST_AXES]  # NaN without such a pose
+    cdef double park[MOST_AXES]
 
     # Newest state, if there is a new one.
     cdef void read_state(self) noexcept nogil
@@ -51,6 +53,8 @@ cdef class ArmServo:
     cdef void locate(self, double *action) noexcept nogil
     # Axis targets from an action. False where no joint angles give the pose: then the nearest found.
     cdef bint aim(self, const double *action) noexcept nogil
+    # Axis targets from the plan's pose, park or home, instead of `aim`. True once the arm is there.
+    cdef bint head(self, bint parked) noexcept nogil
     cdef void slow(self, double scale) noexcept nogil
     # One step of the tracker towards the targets.
     cdef void track(self) noexcept nogil

@@ -23,6 +23,8 @@ from chatvla_edge.runtime.rotations import CODEC_SIZES, codec_number
 
 # Near enough to the first target (rad, m) to let tau run: a null-space posture may creep for longer than anybody waits.
 cdef double ARRIVED = 1e-3
+# Likewise for a pose, of arms that stand: a stop ends short of a limit by what is made good in one period.
+cdef double POSED = 5e-3
 
 
 cdef class ArmServo:
@@ -73,6 +75,9 @@ cdef class ArmServo:
             self.codec = codec_number(plan.pose.codec)
             if not 0 <= self.pose_at <= action_dim - 3 - CODEC_SIZES[self.codec]:
                 raise ValueError(f"arm {plan.name}: the pose from component {self.pose_at} leaves the action")
+        for i in range(self.axes):
+            self.home[i] = NAN if plan.home is None else plan.home[i]
+            self.park[i] = NAN if plan.park is None else plan.park[i]
         self.directs = len(plan.direct)
         for i, axis in enumerate(plan.direct):
             self.direct_axis[i] = axis.axis
@@ -100,8 +105,8 @@ cdef class ArmServo:
         cdef bint known = self.has_state and self.state.axes == <uint64_t>self.axes
         if not known or now_ns - self.stamp.captured_ns > self.budget_ns:
             bits |= 1 << BECAUSE_STATE_STALE
-        # A fault that the device reports of an earlier arming has been answered by the operator's arming since.
-        if self.has_state and self.state.faults and self.state.arming == arming:
+        # A fault of an earlier arming has been answered by the operator's arming since, unless it is still there.
+        if self.has_state and (self.state.faulty or (self.state.faults and self.state.arming == arming)):
             bits |= 1 << BECAUSE_ARM_FAULT
         return bits
 
@@ -160,6 +165,18 @@ cdef class ArmServo:
                 self.direct_scale[i] * action[self.direct_component[i]] + self.direct_offset[i]
             )
         return reached
+
+    cdef bint head(self, bint parked) noexcept nogil:
+        cdef Py_ssize_t i
+        cdef double wanted
+        cdef bint there = True
+        for i in range(self.axes):
+            wanted = self.park[i] if parked else self.home[i]
+            # Where the plan has no such pose, the arm stays where it is.
+            self.tracker.target[i] = wanted if isfinite(wanted) else self.limiter.command[i]
+            self.solved[i] = self.limiter.command[i]  # the next search for joint angles begins here
+            there = there and -POSED <= self.limiter.command[i] - self.tracker.target[i] <= POSED
+        return there
 
     cdef void slow(self, double scale) noexcept nogil:
         self.tracker.slow(scale)

@@ -54,7 +54,7 @@ def assess(seen: Observations, context: Context, before: Watch) -> tuple[Watch, 
     watch: dict[tuple[str, str], Watched] = {}
     now_ns = context.now_ns
     for condition in reversed(TABLE):
-        if context.mode not in condition.judged_in:
+        if context.mode not in condition.judged_in or (context.errand and not condition.of_errands):
             continue
         for finding in condition.sense(seen, context):
             allowed = condition.allowed(finding.period_ns)

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint64_t
 from chatvla_edge.runtime.chunks cimport ChunkHeader
 from chatvla_edge.runtime.fusion cimport Fusion
 from chatvla_edge.runtime.histogram cimport Counts
-from chatvla_edge.runtime.mailbox cimport ChunkBox, ChunkHeader as PostedHeader, ChunkMailbox
+from chatvla_edge.runtime.mailbox cimport ChunkBox, ChunkMailbox
 from chatvla_edge.runtime.slots cimport Stamp
 
 # What `take` returns where there was nothing new; else a Verdict.
@@ -17,7 +17,6 @@ cdef class ChunkInbox:
     cdef ChunkBox box
     cdef bint sync
     cdef uint64_t seen
-    cdef PostedHeader posted
     cdef Stamp stamp
     cdef double *memory
     cdef double *arriving

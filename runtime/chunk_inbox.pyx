@@ -5,7 +5,7 @@
 - telemetry shows it as `raw`, before anything was done to it.
 """
 
-from libc.stdint cimport INT32_MAX, int32_t, int64_t
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -44,15 +44,7 @@ cdef class ChunkInbox:
         cdef ChunkHeader header
         cdef int verdict = NOTHING_TAKEN
         cdef double *rows
-        if c_take_chunk(&self.box, &self.seen, &self.posted, self.arriving, &self.stamp) == CELL_NEW:
-            header.epoch = self.posted.epoch
-            header.sequence = self.stamp.sequence
-            header.tau_observation = self.posted.tau_observation
-            header.dt = self.posted.dt
-            header.rows = <int32_t>self.posted.n_actions
-            header.first_step = <int32_t>self.posted.first_step
-            if header.first_step != self.posted.first_step:
-                header.first_step = INT32_MAX  # refused as malformed
+        if c_take_chunk(&self.box, &self.seen, &header, self.arriving, &self.stamp) == CELL_NEW:
             verdict = fusion.c_push(&header, self.arriving)
             if verdict == ACCEPTED:
                 rows = self.rows

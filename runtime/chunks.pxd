@@ -6,7 +6,7 @@
 from libc.stdint cimport int32_t, uint64_t
 
 
-cdef struct ChunkHeader:  # 40 bytes, no padding; the mailbox carries it in front of the rows
+cdef struct ChunkHeader:  # 40 bytes, no padding: the mailbox carries it, in words, in front of the rows
     uint64_t epoch
     uint64_t sequence  # the mailbox's number, carried into the log; not used to order chunks
     double tau_observation  # s

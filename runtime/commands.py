@@ -1,26 +1,58 @@
 """Commands around bundles, for the robot: no torch. Light at import: engines load only where one is needed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 from rich.text import Text
 
+from chatvla_edge.runtime.daemon.commands import app as daemon
+from chatvla_edge.runtime.tables import (
+    facts,
+    in_order,
+    show_answer,
+    show_bundle,
+    show_divergence,
+    show_failures,
+    show_gates,
+    show_parts,
+    verdict,
+)
+
 if TYPE_CHECKING:
-    from chatvla_edge.runtime.bundle import Bundle, GateResult
-    from chatvla_edge.runtime.policy import Answer
+    from chatvla_edge.runtime.bundle import Bundle, Contents, GateResult
+    from chatvla_edge.runtime.gates import Part
+    from chatvla_edge.runtime.policy import Policy
+
+    Comparison = Callable[..., tuple[list[GateResult], list[Part]]]
 
 app = typer.Typer()
-console = Console()
+app.add_typer(daemon)
 
-BundlePath = Annotated[Path, typer.Argument(help="Bundle directory.", exists=True, file_okay=False)]
+
+def _bundle(path: Path) -> Path:
+    """The path as given, unless it is a checkpoint: the command for that is named."""
+    weights = ("*.safetensors", "pytorch_model*.bin", "adapter_model.*")
+    if not (path / "manifest.json").is_file() and (
+        (path / "config.json").is_file() or any(next(path.glob(pattern), None) for pattern in weights)
+    ):
+        raise ValueError(
+            f"{path} is a checkpoint, not a bundle. See what it is with `chatvla-edge inspect-checkpoint {path}`; "
+            f"make a bundle of it with `chatvla-edge export {path} -o BUNDLE --robot ROBOT`"
+        )
+    return path
+
+
+BundlePath = Annotated[
+    Path, typer.Argument(help="Bundle directory.", metavar="BUNDLE", exists=True, file_okay=False, callback=_bundle)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ThreadCount = Annotated[int, typer.Option(help="Compute threads of the engines.", min=1)]
 
@@ -35,6 +67,14 @@ def _opened(path: Path) -> Iterator["Bundle"]:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("checking digests", total=bundle.size)
             bundle.verify(lambda _name, count, _size: bar.update(task, completed=count))
+        if failed := bundle.manifest.gates.allowed_failed_gates:
+            Console(stderr=True).print(
+                Text.assemble(
+                    ("warning", "yellow"),
+                    f" {path} was exported with failed gates, by permission: {', '.join(failed)}. Its engines do "
+                    "not compute what its checkpoint computes",
+                )
+            )
         yield bundle
 
 
@@ -42,124 +82,162 @@ def _opened(path: Path) -> Iterator["Bundle"]:
 def inspect(path: BundlePath, as_json: AsJson = False) -> None:
     """Say what a bundle is: policy, cameras, target, stages, gates. Every digest is checked."""
     with _opened(path) as bundle:
-        manifest = bundle.manifest
+        manifest, size = bundle.manifest, bundle.size
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2))
         return
-    geometry, head, target = manifest.geometry, manifest.geometry.head, manifest.target
-    experts = geometry.language.experts
-    rows = {
-        "policy": manifest.provenance.variant,
-        "experts": f"{experts.routed} routed, top-{experts.top_k}, {experts.shared} shared, {experts.static} static",
-        "chunk": f"{head.horizon} actions of {head.action_dim} at {manifest.timing.rate_hz:g} Hz, "
-        f"first step {manifest.timing.first_step}, state of {head.state_dim}",
-        "action": ", ".join(f"{part.arm} {part.kind} [{part.unit}]" for part in manifest.semantics.action),
-        "cameras": ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in manifest.cameras),
-        "target": f"{target.name}, {target.engine.kind} {target.engine.range}",
-        "checkpoint": f"{manifest.provenance.checkpoint_name} {manifest.provenance.checkpoint_sha256[:12]}",
-    }
-    table = Table(title=str(path), show_header=False, title_style="bold")
-    table.add_column(style="cyan")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    console.print(table)
-    table = Table("stage", "precision", "bytes")
-    table.columns[2].justify = "right"
-    for name, stage in manifest.stages.named():
-        table.add_row(Text(name), stage.precision, f"{sum(manifest.files[file].size for file in stage.files):,}")
-    console.print(table)
-    _show_gates(list(manifest.gates.results))
+    show_bundle(path, manifest, size)
+    show_gates(list(manifest.gates.results))
 
 
 @app.command("verify")
-def verify(path: BundlePath, threads: ThreadCount = 1, as_json: AsJson = False) -> None:
-    """Run the bundle's probes through its engines on this machine; exit code 1 when a gate fails."""
+def verify(
+    path: BundlePath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was exported from: judge by that instead of the bundle's own probes."),
+    ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first stage and layer that diverge; needs --checkpoint.")
+    ] = False,
+    base: Annotated[Path | None, typer.Option(help="The Qwen2-VL directory a LoRA checkpoint was trained on.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, where the checkpoint's statistics hold several.")] = None,
+    probes: Annotated[int, typer.Option(help="Observations to ask the checkpoint about.", min=1)] = 2,
+    threads: ThreadCount = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a bundle computes what its checkpoint computes; exit code 1 when a gate fails or a layer diverges.
+
+    By itself, a bundle is judged on this machine by the probes that travel with it. With --checkpoint, on a
+    workstation, the reference is built anew and asked about observations that no bundle has seen.
+    """
     from chatvla_edge.runtime.gates import judge, read_probe
 
+    if checkpoint is None and (bisect or base is not None or task is not None):
+        raise typer.BadParameter("layers are compared with a checkpoint: name it", param_hint="--checkpoint")
+    parts: list[Part] = []
     with _opened(path) as bundle:
         manifest = bundle.manifest
-        if not manifest.probes:
-            raise ValueError(f"{path} was exported without probes: there is nothing to compare with")
-        probes = {name: read_probe(bundle.read(name)) for name in manifest.probes}
-        results = judge(path, manifest, probes, threads)
+        if checkpoint is not None:
+            compare = _comparison()
+            with Console(stderr=True).status("opening the checkpoint") as status:
+                results, parts = compare(
+                    bundle,
+                    checkpoint,
+                    base=base,
+                    task=task,
+                    probes=probes,
+                    threads=threads,
+                    say=status.update,
+                )
+        elif not manifest.probes:
+            raise ValueError(
+                f"{path} was exported without probes: there is nothing in it to compare with. On a workstation, judge "
+                "it by its checkpoint: --checkpoint"
+            )
+        else:
+            results = judge(path, manifest, {name: read_probe(bundle.read(name)) for name in manifest.probes}, threads)
+    if bisect and not parts:
+        raise ValueError(
+            f"{path} is for {manifest.target.name}: stages are taken apart on the CPU. Export the checkpoint for cpu, "
+            "and bisect that"
+        )
     if as_json:
-        typer.echo(json.dumps([result.model_dump() for result in results], indent=2))
+        typer.echo(json.dumps(verdict(results, parts, checkpoint, bisect), indent=2))
     else:
-        _show_gates(results)
+        show_gates(results)
+        show_failures(results)
+        if bisect:
+            show_parts(parts)
+        show_divergence(parts)
     if any(result.verdict == "failed" for result in results):
         raise typer.Exit(1)
 
 
-def _show_gates(results: "list[GateResult]") -> None:
-    if not results:
-        console.print("[yellow]no gates were evaluated at export[/yellow]")
-        return
-    table = Table("gate", "value", "limit", "verdict")
-    colour = {"passed": "green", "failed": "red", "reported": "cyan"}
-    for result in results:
-        value = "not finite" if result.value is None else f"{result.value:.3g}"
-        table.add_row(result.name, value, f"{result.limit:.3g}", Text(result.verdict, style=colour[result.verdict]))
-    console.print(table)
+def _comparison() -> "Comparison":
+    """What compares a bundle with a checkpoint: the export room brings it, the robot has none."""
+    for entry in entry_points(group="chatvla_edge.verify"):
+        return cast("Comparison", entry.load())
+    raise ValueError(
+        "this installation cannot compare with a checkpoint: it has no entry point in chatvla_edge.verify. Install it "
+        "again: ./dev setup, or pip install 'chatvla-edge[export]'"
+    )
 
 
 @app.command("infer")
 def infer(
     path: BundlePath,
     image: Annotated[
-        list[str], typer.Option(help="CAMERA=FILE, once per camera; .png/.jpg, or .npy as [h, w, 3] RGB.")
-    ],
-    state: Annotated[Path, typer.Option(help="State in the robot's units: .npy or JSON list.", exists=True)],
-    instruction: Annotated[str, typer.Option(help="What the robot should do.")],
-    noise: Annotated[Path | None, typer.Option(help="Initial sample [H, A]: .npy or JSON. Default: seed 0.")] = None,
+        list[str] | None,
+        typer.Option(help="CAMERA=FILE, once per camera; .png/.jpg, or .npy: uint8 RGB, height x width x 3."),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="State in the robot's units, in the order that `inspect` shows: .npy or JSON list."),
+    ] = None,
+    instruction: Annotated[str, typer.Option(help="What the robot should do, in words.")] = "",
+    noise: Annotated[
+        Path | None, typer.Option(help="Initial sample, horizon x actions: .npy or JSON. Default: seed 0.")
+    ] = None,
     draft: Annotated[str | None, typer.Option(help="Reasoning text to try first; never changes the answer.")] = None,
     threads: ThreadCount = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one query: reasoning, chunk, routing, time per stage."""
+    """Answer one query and print the answer: reasoning, actions, routing, time per stage, memory. Nothing moves.
+
+    --json has all of it: token_ids, text, normalized and chunk (horizon x actions), routing (layers x experts), passes
+    and accepted (of the language stage), reasoning_age, seconds per stage, memory of this process in bytes.
+    """
+    with _opened(path) as bundle:
+        # Before gigabytes are loaded.
+        _refuse_missing(bundle.manifest, state, instruction)
+        frames = _frames([camera.name for camera in bundle.manifest.cameras], image or [])
+        values = _numbers(cast("Path", state))
+        sample = None if noise is None else _numbers(noise)
+        policy, load_s = _loaded(path, bundle.manifest, threads)
+    answer = policy.query(
+        frames,
+        values,
+        instruction,
+        policy.noise(0) if sample is None else sample,
+        draft=[] if draft is None else policy.tokens(draft),
+    )
+    if as_json:
+        typer.echo(json.dumps(facts(answer, load_s)))
+    else:
+        show_answer(answer, policy.manifest, load_s)
+
+
+def _loaded(path: Path, manifest: "Contents", threads: int) -> "tuple[Policy, float]":
+    import time
+
     from chatvla_edge.runtime.engines.onnxruntime import Threads
     from chatvla_edge.runtime.policy import Policy
 
-    with _opened(path) as bundle:
-        policy = Policy(path, bundle.manifest, Threads(threads))
-    frames = _frames([camera.name for camera in policy.manifest.cameras], image)
-    sample = policy.noise(0) if noise is None else _numbers(noise)
-    answer = policy.query(
-        frames, _numbers(state), instruction, sample, draft=[] if draft is None else policy.tokens(draft)
-    )
-    if as_json:
-        typer.echo(json.dumps(_facts(answer)))
-        return
-    console.print("[cyan]reasoning[/cyan]", Text(answer.text or "(no text)"))
-    console.print(
-        f"{len(answer.token_ids)} tokens in {answer.passes} passes, chunk {answer.chunk.shape[0]} x "
-        f"{answer.chunk.shape[1]} from {np.array2string(answer.chunk[0], precision=3)}",
-        highlight=False,
-    )
-    table = Table("stage", "ms")
-    for stage, seconds in answer.seconds.items():
-        table.add_row(stage, f"{1e3 * seconds:.2f}")
-    console.print(table)
+    start = time.perf_counter()
+    with Console(stderr=True).status("loading engines"):
+        policy = Policy(path, manifest, Threads(threads))
+    return policy, time.perf_counter() - start
 
 
-def _facts(answer: "Answer") -> dict[str, Any]:
-    return {
-        "token_ids": answer.token_ids,
-        "text": answer.text,
-        "normalized": answer.normalized.tolist(),
-        "chunk": answer.chunk.tolist(),
-        "routing": answer.routing.tolist(),
-        "passes": answer.passes,
-        "accepted": answer.accepted,
-        "seconds": dict(answer.seconds),
-    }
+def _refuse_missing(manifest: "Contents", state: Path | None, instruction: str) -> None:
+    """Raise for an option that was left out, saying what this bundle wants there."""
+    if state is None:
+        count = manifest.geometry.head.state_dim
+        raise typer.BadParameter(
+            f"expected a file of {count} numbers: {in_order(manifest.semantics.state)}", param_hint="--state"
+        )
+    if not instruction.strip():
+        raise typer.BadParameter("found none, say what the robot should do", param_hint="--instruction")
 
 
 def _frames(names: list[str], given: list[str]) -> list[Any]:
     files = dict(entry.split("=", 1) for entry in given if "=" in entry)
     if sorted(files) != sorted(names) or len(files) != len(given):
         raise typer.BadParameter(
-            f"found {', '.join(given)}, expected one CAMERA=FILE for each of {', '.join(names)}", param_hint="--image"
+            f"found {', '.join(given) or 'none'}, expected one for each camera: "
+            + " ".join(f"--image {name}=FILE" for name in names),
+            param_hint="--image",
         )
     return [_picture(Path(files[name])) for name in names]
 

@@ -34,6 +34,7 @@ class Context:
     now_ns: int
     arming: int = 0  # of the last accepted arm
     want: Want = Want.REST  # what the servo was told last
+    errand: bool = False  # ACTIVE is, or will be again, for going to a pose
     held: bool = False  # the operator said hold
     stop_asked: bool = False
     estop_asked: bool = False
@@ -83,6 +84,7 @@ class Condition:
     settle_ns: int = SETTLE_NS
     clears: Clears = Clears.BY_ITSELF
     judged_in: frozenset[Mode] = ALWAYS
+    of_errands: bool = True  # False: about what going to a pose can do without
 
     @property
     def blocks_arming(self) -> bool:
@@ -155,6 +157,7 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=150 * MS,
         periods=5,
+        of_errands=False,
     ),
     Condition(
         "optional camera died",
@@ -162,6 +165,7 @@ TABLE: tuple[Condition, ...] = (
         _camera_died(required=False),
         "It is being restarted.",
         "a process lives or does not",
+        of_errands=False,
     ),
     Condition(
         "starved",
@@ -170,6 +174,7 @@ TABLE: tuple[Condition, ...] = (
         "The arm waits at the end of its path for the next chunk.",
         "the servo has come to rest by itself; in sync mode this is every chunk's end",
         judged_in=frozenset({Mode.ACTIVE}),
+        of_errands=False,
     ),
     Condition(
         "unreachable",
@@ -185,6 +190,7 @@ TABLE: tuple[Condition, ...] = (
         lambda seen, _: [_died(seen.recorder)] if seen.recorder else [],
         "It is being restarted; check the disk.",
         "a lost log stops no motion, and no motion starts without one",
+        of_errands=False,
     ),
     Condition(
         "not at rest",
@@ -205,6 +211,7 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=500 * MS,
         periods=3,
+        of_errands=False,
     ),
     Condition(
         "policy not ready",
@@ -212,6 +219,7 @@ TABLE: tuple[Condition, ...] = (
         lambda seen, _: [_fact(not seen.policy.ready)],
         "It loads, warms up or waits for an instruction.",
         "it says so itself",
+        of_errands=False,
     ),
     Condition(
         "policy died",
@@ -219,6 +227,7 @@ TABLE: tuple[Condition, ...] = (
         lambda seen, _: [_died(seen.policy.process)],
         "It is being restarted.",
         "a process lives or does not",
+        of_errands=False,
     ),
     Condition(
         "frame stale",
@@ -229,6 +238,7 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=150 * MS,
         periods=5,
+        of_errands=False,
     ),
     Condition(
         "camera died",
@@ -236,6 +246,7 @@ TABLE: tuple[Condition, ...] = (
         _camera_died(required=True),
         "It is being restarted.",
         "a process lives or does not",
+        of_errands=False,
     ),
     Condition(
         "clock stepped",
@@ -246,6 +257,7 @@ TABLE: tuple[Condition, ...] = (
         Unit.TIME,
         at_least=10 * MS,
         settle_ns=1 * S,  # the cameras learn the new offset from a second of frames
+        of_errands=False,
     ),
     Condition(
         "operator hold",
@@ -355,6 +367,16 @@ TABLE: tuple[Condition, ...] = (
         clears=Clears.BY_ARM,
     ),
     Condition(
+        "parked",
+        Reaction.SOFT_STOP,
+        lambda seen, context: [_fact(context.want is seen.servo.want is Want.PARK and seen.servo.posed)],
+        "The daemon may end now; `arm` to go on.",
+        "what `park` was for: it ends disarmed where it was sent",
+        settle_ns=0,
+        clears=Clears.BY_ARM,
+        judged_in=frozenset({Mode.ACTIVE}),
+    ),
+    Condition(
         "operator stop",
         Reaction.SOFT_STOP,
         lambda _, context: [_fact(context.stop_asked)],
@@ -371,6 +393,7 @@ TABLE: tuple[Condition, ...] = (
         "Read its last words, repair, restart the daemon.",
         "the supervisor restarts a child with backoff and counts",
         clears=Clears.BY_DISARM,
+        of_errands=False,
     ),
     Condition(
         "stop overran",

@@ -71,4 +71,5 @@ cdef class DeviceLoop:
     cdef double[::1] handed
 
     cdef int _drive(self, int act) except -1
+    cdef int _tell(self, str words) except -1
     cdef int _measure(self, int64_t now_ns) except -1

@@ -1,19 +1,17 @@
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chatvla_edge.drivers.protocols import ArmState
 from chatvla_edge.runtime.device_plan import DevicePlan
 from chatvla_edge.runtime.histogram import Histogram
 from chatvla_edge.runtime.rig_segments import DeviceWires
 
-Numbers = Sequence[float] | NDArray[np.float64]
-
 class Driver(Protocol):
-    def command(self, position: NDArray[np.float64]) -> object: ...
-    def state(self) -> tuple[Numbers, Numbers | None, Numbers | None, int | None, bool]: ...
-    def stop(self) -> object: ...
+    def command(self, position: NDArray[np.float64]) -> None: ...
+    def state(self) -> ArmState: ...
+    def stop(self) -> None: ...
 
 class DeviceGate:
     plan: DevicePlan

@@ -1,10 +1,7 @@
 """The loop of a device's process: the newest command to the vendor library at the device's own pace, the state back.
 
-A driver is a Python object with three calls, made under the GIL of a process that nothing else shares:
-
-    command(position)  send `position` [axes] float64 (rad, m); the array is reused, so copy what must last
-    state()            (position, velocity | None, effort | None, captured_ns | None, fault: bool), sequences [axes]
-    stop()             the device's stop action: hold, damp, brake; a gripper keeps its force
+A driver is an arm of `drivers.protocols`: `command`, `state` and `stop` are called here, under the GIL of a process that
+nothing else shares.
 
 What is enforced here is enforced natively, before the driver is asked anything, and whatever the rest of the rig does:
 
@@ -16,15 +13,15 @@ What is enforced here is enforced natively, before the driver is asked anything,
 - all of this stays until the next arming. On its own a device only ever reduces.
 
 A driver that raises counts as a fault of the arm: its stop action is tried, and the servo, which reads the fault in the
-state slot, stops the other arms.
+state slot, stops the other arms. What is wrong stands in the state in words for as long as it is wrong: an arm with a
+fault is not armed.
 """
 
 from libc.math cimport NAN, isfinite
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import logging
-from typing import Protocol
 
 import numpy as np
 
@@ -34,7 +31,7 @@ from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
 from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
 from chatvla_edge.runtime.servo_records cimport (
     DEVICE_BRAKING, DEVICE_FOLLOWING, DEVICE_HOLDING, DEVICE_IDLE, DEVICE_STOPPED, FAULT_ARM, FAULT_COMMAND,
-    FAULT_DRIVER, FAULT_ESTOP, FAULT_LEASE, FAULT_SILENCE,
+    FAULT_DRIVER, FAULT_ESTOP, FAULT_LEASE, FAULT_SILENCE, WORDS,
 )
 from chatvla_edge.runtime.slots cimport CELL_NEW, c_publish, c_read_latest, load_relaxed, store_relaxed
 
@@ -45,14 +42,6 @@ log = logging.getLogger(__name__)
 # A command may be this much further from the last one than the velocity limit allows in the time between them.
 cdef double STRIDE = 1.5
 cdef int64_t NEVER = -1
-
-
-class Driver(Protocol):
-    """What the loop asks of a vendor library; the module's docstring says what each call means."""
-
-    def command(self, position): ...
-    def state(self): ...
-    def stop(self): ...
 
 
 cdef class DeviceGate:
@@ -84,6 +73,8 @@ cdef class DeviceGate:
             self.change[i] = plan.jerk[i] * self.period
             self.target[i] = NAN
             self.state.q[i] = NAN
+            self.state.sent[i] = NAN
+            self.state.target[i] = NAN
         self.doing = DEVICE_IDLE
         self.state.axes = self.axes
 
@@ -104,6 +95,7 @@ cdef class DeviceGate:
             ):
                 self.barred = self.command.arming - 1
                 self.faults = 0
+                memset(self.state.words, 0, WORDS)
                 self.state.arming = self.command.arming
                 if self._fits(&self.command, now_ns):
                     self.doing = DEVICE_FOLLOWING
@@ -294,13 +286,14 @@ cdef class DeviceLoop:
                     gate.state.sent[i] = gate.target[i]
             elif act == ACT_STOP:
                 self.driver.stop()
-        except Exception:
-            self._give_up("command" if act == ACT_COMMAND else "stop")
+        except Exception as error:
+            self._give_up("command" if act == ACT_COMMAND else "stop", error)
         return 0
 
-    def _give_up(self, call):
+    def _give_up(self, call, error):
         """The driver raised: no further command until the next arming, and the stop action once, as far as it goes."""
         cdef DeviceGate gate = self.gate
+        self._tell(f"{call}: {type(error).__name__}: {error}")
         if not gate.faults & 1 << FAULT_DRIVER:
             log.exception("%s: the driver's %s failed", gate.plan.name, call)
         gate.faults |= 1 << FAULT_DRIVER
@@ -312,25 +305,39 @@ cdef class DeviceLoop:
             except Exception:
                 log.exception("%s: the driver's stop failed too", gate.plan.name)
 
+    cdef int _tell(self, str words) except -1:
+        """What is wrong now, into the state; cut off where it is longer than there is room for."""
+        cdef bytes text = words.encode()[:WORDS]
+        self.gate.state.faulty = True
+        memset(self.gate.state.words, 0, WORDS)
+        memcpy(self.gate.state.words, <const char *>text, len(text))
+        return 0
+
     cdef int _measure(self, int64_t now_ns) except -1:
         cdef Py_ssize_t i
         cdef DeviceGate gate = self.gate
         cdef StateRecord *state = &gate.state
         try:
-            position, velocity, effort, captured, fault = self.driver.state()
+            found = self.driver.state()
+            position, velocity, effort, target = found.position, found.velocity, found.effort, found.target
             for i in range(gate.axes):
                 state.q[i] = position[i]
                 state.dq[i] = NAN if velocity is None else velocity[i]
                 state.effort[i] = NAN if effort is None else effort[i]
-            self.captured_ns = now_ns if captured is None else captured
-        except Exception:
+                state.target[i] = NAN if target is None else target[i]
+            self.captured_ns = found.captured_ns
+            fault = found.fault
+            state.faulty = False
+        except Exception as error:
             # The stamp stays that of the last good state, so that what is published grows old.
-            self._give_up("state")
+            self._give_up("state", error)
         else:
-            if fault and not gate.faults & 1 << FAULT_ARM:
-                gate.faults |= 1 << FAULT_ARM
-                if gate.doing == DEVICE_FOLLOWING:
-                    gate._brake(0)
+            if fault:
+                self._tell(fault)
+                if not gate.faults & 1 << FAULT_ARM:
+                    gate.faults |= 1 << FAULT_ARM
+                    if gate.doing == DEVICE_FOLLOWING:
+                        gate._brake(0)
         state.doing = gate.doing
         state.faults = gate.faults
         c_publish(&self.state_slot.cells, state, now_ns, self.captured_ns)

@@ -1,24 +1,18 @@
 """Chunk mailbox and committed-prefix slot, as the servo uses them without the GIL; the protocol is that of `slots.pxd`.
 
-    from chatvla_edge.runtime.mailbox cimport ChunkBox, ChunkHeader, c_take_chunk
+    from chatvla_edge.runtime.chunks cimport ChunkHeader
+    from chatvla_edge.runtime.mailbox cimport ChunkBox, c_take_chunk
     cdef ChunkBox box = mailbox.box             # keep `mailbox` alive while it is used
     if c_take_chunk(&box, &seen, &header, actions, &stamp) == CELL_NEW: ...
 """
 
 from libc.stdint cimport int64_t, uint64_t
 
+from chatvla_edge.runtime.chunks cimport ChunkHeader
 from chatvla_edge.runtime.slots cimport (
     CELL_BUSY, CELL_EMPTY, CELL_NEW, CELL_SAME, READ_ATTEMPTS, Cells, CellSegment, Stamp,
     c_begin, c_commit, c_enter, c_latest, c_next, c_stamp, c_unchanged, words_from_shared, words_to_shared,
 )
-
-cdef struct ChunkHeader:
-    uint64_t epoch
-    double tau_observation  # s, trajectory time of the observation
-    int64_t first_step
-    double dt               # s of trajectory time between actions
-    uint64_t n_actions
-    uint64_t action_dim
 
 cdef struct ChunkBox:
     Cells cells
@@ -39,16 +33,21 @@ cdef struct PrefixBox:
 cdef inline uint64_t c_publish_chunk(
     const ChunkBox *box, const ChunkHeader *header, const double *actions, int64_t published_ns, int64_t captured_ns
 ) noexcept nogil:
-    """Publish a chunk of ``header.n_actions`` rows; newest wins. Returns its number, 0 when it does not fit the box."""
+    """Publish a chunk of ``header.rows`` rows; newest wins. Returns its number, 0 when it does not fit the box.
+
+    The header's ``sequence`` is written here: it is that number.
+    """
+    cdef ChunkHeader numbered = header[0]
     cdef uint64_t number
     cdef uint64_t *payload
-    if header.n_actions == 0 or header.n_actions > box.horizon or header.action_dim != box.action_dim:
+    if not 1 <= header.rows <= <int64_t>box.horizon:
         return 0
     number = c_next(&box.cells)
+    numbered.sequence = number
     payload = c_begin(&box.cells, number, published_ns, captured_ns)
-    words_to_shared(payload, header, sizeof(ChunkHeader))
+    words_to_shared(payload, &numbered, sizeof(ChunkHeader))
     words_to_shared(
-        payload + sizeof(ChunkHeader) // 8, actions, header.n_actions * header.action_dim * sizeof(double)
+        payload + sizeof(ChunkHeader) // 8, actions, <uint64_t>header.rows * box.action_dim * sizeof(double)
     )
     c_commit(&box.cells, number)
     return number
@@ -59,7 +58,7 @@ cdef inline int c_take_chunk(
 ) noexcept nogil:
     """Copy the newest chunk if its number is not ``seen``, and remember it there.
 
-    ``actions`` has room for ``horizon * action_dim``; the first ``header.n_actions`` rows are the chunk's. Returns
+    ``actions`` has room for ``horizon * action_dim``; the first ``header.rows`` rows are the chunk's. Returns
     CELL_NEW, _SAME, _EMPTY or _BUSY; _BUSY too for a header that does not fit the box (memory that was damaged).
     """
     cdef uint64_t number
@@ -77,10 +76,10 @@ cdef inline int c_take_chunk(
         c_stamp(payload, number, stamp)
         words_from_shared(header, payload, sizeof(ChunkHeader))
         # Not yet known to be whole, so checked before it says how much to copy.
-        if header.n_actions == 0 or header.n_actions > box.horizon or header.action_dim != box.action_dim:
+        if not 1 <= header.rows <= <int64_t>box.horizon:
             continue
         words_from_shared(
-            actions, payload + sizeof(ChunkHeader) // 8, header.n_actions * header.action_dim * sizeof(double)
+            actions, payload + sizeof(ChunkHeader) // 8, <uint64_t>header.rows * box.action_dim * sizeof(double)
         )
         if c_unchanged(payload, number):
             seen[0] = number

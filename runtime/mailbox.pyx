@@ -109,13 +109,15 @@ cdef class ChunkMailbox(CellSegment):
         """
         cdef uint64_t number
         cdef ChunkHeader header = ChunkHeader(
-            epoch=epoch, tau_observation=tau_observation, first_step=first_step, dt=dt,
-            n_actions=actions.shape[0], action_dim=actions.shape[1],
+            epoch=epoch, sequence=0, tau_observation=tau_observation, dt=dt, first_step=first_step,
+            rows=actions.shape[0],
         )
         self.must_write()
         if actions.shape[0] == 0 or actions.shape[1] == 0:
             raise ValueError(f"{self.name}: an empty chunk; expected 1 action or more")
-        number = c_publish_chunk(&self.box, &header, &actions[0, 0], c_now_ns(), captured_ns)
+        number = 0
+        if actions.shape[1] == <Py_ssize_t>self.box.action_dim:
+            number = c_publish_chunk(&self.box, &header, &actions[0, 0], c_now_ns(), captured_ns)
         if number == 0:
             raise ValueError(
                 f"{self.name}: a chunk of shape {(actions.shape[0], actions.shape[1])}; the mailbox takes up to "
@@ -134,7 +136,7 @@ cdef class ChunkMailbox(CellSegment):
         if found is None:
             return None
         return PostedChunk(
-            *found, header.epoch, header.tau_observation, header.first_step, header.dt, actions[: header.n_actions]
+            *found, header.epoch, header.tau_observation, header.first_step, header.dt, actions[: header.rows]
         )
 
 

@@ -43,10 +43,16 @@ class Clears(Enum):
 
 
 class Want(Enum):
-    """What the arbiter wants of the servo. All but TRACK only ever reduce motion."""
+    """What the arbiter wants of the servo. All but TRACK, HOME and PARK only ever reduce motion."""
 
     REST = "rest"  # goes with a revoked lease: finish the stop that is under way, then command nothing
     HOLD = "hold"  # ramp tau to 0 and hold the last command
     TRACK = "track"  # follow the trajectory; after a new arming by a slow approach first
+    HOME = "home"  # ramp tau to 0, go slowly to that pose of the rig and stay there
+    PARK = "park"  # likewise
     STOP = "stop"  # ramp tau to 0 along the path and stay there until the next arming
     BRAKE = "brake"  # goes with a revoked lease: the shortest stop within limits, path or not
+
+
+# ACTIVE for something else than the policy: going to a pose of the rig, for which servo and devices are enough.
+ERRANDS = frozenset({Want.HOME, Want.PARK})

@@ -50,6 +50,7 @@ class Servo:
     want: Want  # the order it acts on, echoed: trails what it was told by a tick
     arming: int  # the arming it acts on
     standing: bool  # tau and all joints at rest
+    posed: bool = False  # standing at the pose that it acts on
     starved: bool = False  # the fused trajectory has ended
     unreachable: bool = False  # no joint angles for the wanted pose: it goes to the nearest
     clipped_ticks: int = 0  # counters only grow, and restart at 0 with the process

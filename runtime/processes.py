@@ -5,7 +5,8 @@
 
 A child is a fresh interpreter in a session of its own (a Ctrl-C reaches only the supervisor). It inherits the segments
 of its own wires and reads one JSON line from its standard input; nothing is pickled, nothing is found by name. SIGTERM
-brings the arms to rest, and so does the death of the process that started it.
+brings the arms to rest, and so does the death of the process that started it. A child also inherits the ``claim`` on
+the rig's name, so that the name is free again only when the last process that can move an arm has ended.
 
 In the child the loop has a thread, which asks for its real-time rights; the main thread waits for signals and, once a
 second, publishes the histograms, so that no tick pays for them.
@@ -28,6 +29,7 @@ from chatvla_edge.runtime.device_plan import DevicePlan
 from chatvla_edge.runtime.devices import DeviceLoop
 from chatvla_edge.runtime.histogram import SNAPSHOT
 from chatvla_edge.runtime.rig_segments import HISTOGRAMS, DeviceWires, RigSegments
+from chatvla_edge.runtime.riglock import RigClaim
 from chatvla_edge.runtime.servo import Servo
 from chatvla_edge.runtime.servo_plan import ServoPlan, ServoWires
 from chatvla_edge.runtime.slots import Slot
@@ -45,11 +47,15 @@ def start_servo(
     plan: ServoPlan,
     segments: RigSegments,
     *,
+    claim: RigClaim | None = None,
     priority: int | None = 80,
     cpus: Sequence[int] | None = None,
     stderr: int | IO[Any] | None = None,
 ) -> "subprocess.Popen[bytes]":
-    """The servo's process. ``priority``: of SCHED_FIFO, None leaves the scheduler alone; ``cpus``: None for any."""
+    """The servo's process. ``priority``: of SCHED_FIFO, None leaves the scheduler alone; ``cpus``: None for any.
+
+    ``claim`` is None where nothing real moves.
+    """
     spec = {
         "plan": servo_plan.to_json(plan),
         "wires": asdict(segments.servo_wires),
@@ -57,7 +63,7 @@ def start_servo(
         "cpus": cpus,
         "parent": os.getpid(),
     }
-    return _start("servo", spec, segments.servo_fds, stderr)
+    return _start("servo", spec, segments.servo_fds, claim, stderr)
 
 
 def start_device(
@@ -67,11 +73,16 @@ def start_device(
     driver: str,
     arguments: dict[str, Any] | None = None,
     *,
+    claim: RigClaim | None = None,
     priority: int | None = 75,
     cpus: Sequence[int] | None = None,
     stderr: int | IO[Any] | None = None,
 ) -> "subprocess.Popen[bytes]":
-    """The process of one arm. ``driver`` is ``module:factory``, called in the child with ``arguments`` (JSON)."""
+    """The process of one arm.
+
+    ``driver`` is ``module:factory``, called in the child with ``arguments`` (JSON); what it gives is opened at the
+    plan's rate, and closed at the end.
+    """
     spec = {
         "plan": device_plan.to_json(plan),
         "wires": asdict(segments.device_wires(arm)),
@@ -81,17 +92,18 @@ def start_device(
         "cpus": cpus,
         "parent": os.getpid(),
     }
-    return _start("device", spec, segments.device_fds(arm), stderr)
+    return _start("device", spec, segments.device_fds(arm), claim, stderr)
 
 
 def _start(
-    role: str, spec: dict[str, Any], fds: Sequence[int], stderr: int | IO[Any] | None
+    role: str, spec: dict[str, Any], fds: Sequence[int], claim: RigClaim | None, stderr: int | IO[Any] | None
 ) -> "subprocess.Popen[bytes]":
+    held = () if claim is None else (claim.fileno(),)
     child = subprocess.Popen(  # noqa: S603  # our own interpreter, our own module
         [sys.executable, "-m", "chatvla_edge.runtime.processes", role],
         stdin=subprocess.PIPE,
         stderr=stderr,
-        pass_fds=fds,
+        pass_fds=(*fds, *held),
         start_new_session=True,
     )
     assert child.stdin is not None
@@ -123,8 +135,13 @@ def device_main(spec: dict[str, Any]) -> None:
     """Run a device around its driver, likewise."""
     module, _, factory = spec["driver"].partition(":")
     driver = getattr(importlib.import_module(module), factory)(**spec["arguments"])
-    loop = DeviceLoop(device_plan.from_json(spec["plan"]), DeviceWires(**spec["wires"]), driver)
-    _attend(spec, loop.run, loop.quit, lambda: None)
+    plan = device_plan.from_json(spec["plan"])
+    loop = DeviceLoop(plan, DeviceWires(**spec["wires"]), driver)
+    try:
+        driver.open(plan.rate)
+        _attend(spec, loop.run, loop.quit, lambda: None)
+    finally:
+        driver.close()
 
 
 def _attend(spec: dict[str, Any], run: Callable[[], None], leave: Callable[[], None], look: Callable[[], None]) -> None:

@@ -236,6 +236,23 @@ def reason(
     return Reasoning(text.tokens, prompt_mean, mean, text.routing, passes, accepted)
 
 
+def reread(model: LanguageModel, prompt: PromptRows, image_tokens: Float, earlier: Reasoning) -> Reasoning:
+    """An earlier reasoning to a new prompt, in one pass: words and their mean stay, the mean over the prompt is new."""
+    rows = len(prompt.ids)
+    outputs = model.forward(
+        prompt.ids,
+        prompt.positions,
+        length=0,
+        first_row=rows - 1,
+        sum_stop=rows,
+        images=(image_tokens, prompt.image_rows),
+    )
+    text = _Text(model.sizes.hidden, len(model.routed_layers), model.sizes.experts)
+    text.count(outputs, model.routed_layers, 0, rows)
+    mean = (outputs["hidden_sum"] / np.float32(rows)).astype(np.float32)
+    return Reasoning(list(earlier.token_ids), mean, earlier.reasoning_mean, text.routing, 1, 0)
+
+
 def follow(model: LanguageModel, prompt: PromptRows, image_tokens: Float, token_ids: Int) -> tuple[Float, Int, Int]:
     """Feed prompt and a given text in one pass: hidden [P+N-1, D], said tokens [N], routing [layers, P+N-1, k]."""
     rows, fed = len(prompt.ids), token_ids[:-1]
@@ -246,6 +263,27 @@ def follow(model: LanguageModel, prompt: PromptRows, image_tokens: Float, token_
     routing = [outputs[f"routing_{layer}"][:count] for layer in model.routed_layers]
     stacked = np.stack(routing) if routing else np.zeros((0, count, 0), np.int64)
     return outputs["hidden"][:count].copy(), outputs["token"][rows - 1 : count].copy(), stacked
+
+
+def follow_by_rows(model: LanguageModel, prompt: PromptRows, image_tokens: Float, token_ids: Int) -> tuple[Float, Int]:
+    """Feed prompt and text as plain decoding does, a pass for each token: hidden [N, D], said tokens [N].
+
+    The rows are those that speak: the last of the prompt, then the text's. They must be the very bits of `follow`.
+    """
+    rows = len(prompt.ids)
+    hidden, tokens = [], []
+    for index in range(len(token_ids)):
+        if index == 0:
+            ids, places, base, length = prompt.ids, prompt.positions, rows - 1, 0
+        else:
+            ids, places = token_ids[index - 1 : index], _line(prompt.following + index - 1, 1)
+            base, length = 0, rows + index - 1
+        seen = (image_tokens, prompt.image_rows) if index == 0 else None
+        outputs = model.forward(ids, places, length=length, first_row=base, images=seen)
+        at = base - rows_from(base)
+        hidden.append(outputs["hidden"][at].copy())
+        tokens.append(int(outputs["token"][at]))
+    return np.stack(hidden), np.asarray(tokens, np.int64)
 
 
 def _line(start: int, count: int) -> Int:

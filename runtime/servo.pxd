@@ -46,9 +46,12 @@ cdef class Servo:
     cdef bint moving          # commands flow
     cdef bint approach        # the next motion is an approach
     cdef bint approaching
+    cdef bint posing          # on the way to a pose of the plan, or there
+    cdef bint there           # the commands are those of that pose
     cdef bint braking
     cdef bint standing        # every axis
     cdef uint64_t stood       # ticks for which tau has stood
+    cdef int64_t answered_ns  # host time of the newest chunk that the policy is credited with
     cdef double *fused        # the action wanted now, in the telemetry row
     cdef double *fused_rate
 
@@ -60,6 +63,7 @@ cdef class Servo:
     cdef uint64_t _take_chunk(self, int64_t now_ns) noexcept nogil
     cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil
     cdef uint64_t _fuse(self) noexcept nogil
+    cdef void _head(self, uint64_t reasons) noexcept nogil
     cdef int _limit(self, int64_t tick_ns) noexcept nogil
     cdef void _finish_approach(self) noexcept nogil
     cdef uint64_t _doing(self, double wanted_rate) noexcept nogil

@@ -6,7 +6,7 @@ A tick, in this order:
     chunk        the newest chunk from the mailbox into the fused trajectory
     tau          trajectory time towards the wanted rate: 0 for any reason, the operator's speed else
     fuse         the fused action at tau, or the first target during an approach
-    kinematics   action -> axis targets, one arm after the other
+    kinematics   action -> axis targets, one arm after the other; or the axes of a pose of the plan, home or park
     track        jerk-limited
     limit        the last word; or every axis brakes by itself
     command      one slot per arm
@@ -16,7 +16,7 @@ A tick, in this order:
 No reason ever means "no command": tau ramps to 0 along the path, then the last command is repeated. All arms share one
 tau, so what stops one stops all. Reasons in LATCHING outlast their cause: only an arming ends them, and the motion
 after an arming is an approach: tau stands while the arms go to the newest chunk's first due action at a share of their
-limits.
+limits. To a pose they go in the same way, and what comes after it is an approach again.
 
 `c_tick` computes from what it is given and from shared memory; it reads the clock to account for its own cost only, so
 that a test can tick through hours of virtual time in seconds. It allocates nothing and touches no Python object.
@@ -39,10 +39,10 @@ from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
 from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP,
-    BECAUSE_HOLD, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_REST, BECAUSE_STALLED, BECAUSE_START_REFUSED,
-    BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE, SERVO_APPROACHING,
-    SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord, WANT_BRAKE, WANT_HOLD,
-    WANT_REST, WANT_STOP, WANT_TRACK,
+    BECAUSE_HOLD, BECAUSE_HOME, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_PARK, BECAUSE_REST, BECAUSE_STALLED,
+    BECAUSE_START_REFUSED, BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE,
+    SERVO_APPROACHING, SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord,
+    WANT_BRAKE, WANT_HOLD, WANT_HOME, WANT_PARK, WANT_REST, WANT_STOP, WANT_TRACK,
 )
 from chatvla_edge.runtime.servo_reports cimport (
     STEP_CHUNK, STEP_COMMAND, STEP_FUSE, STEP_GATE, STEP_KINEMATICS, STEP_LIMIT, STEP_REPORT, STEP_STATE, STEP_TAU,
@@ -65,6 +65,10 @@ cdef uint64_t LATCHING_BITS = (
     | 1 << BECAUSE_ARM_FAULT | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
 )
 cdef uint64_t BRAKING_BITS = 1 << BECAUSE_BRAKE | 1 << BECAUSE_ESTOP | 1 << BECAUSE_LIMITS | 1 << BECAUSE_STALLED
+cdef uint64_t POSE_BITS = 1 << BECAUSE_HOME | 1 << BECAUSE_PARK
+# A pose needs no chunk, and what is new in the path meanwhile is found by an approach.
+cdef uint64_t HOLDING_BITS = 1 << BECAUSE_HOLD | POSE_BITS
+cdef uint64_t OF_CHUNKS_BITS = 1 << BECAUSE_STARVED | 1 << BECAUSE_CHUNK_STALE
 
 
 cdef class Servo:
@@ -155,9 +159,12 @@ cdef class Servo:
             reasons |= self._fuse()
             mark = self.reports.account(STEP_FUSE, mark)
 
-            for i in range(self.arm_count):
-                if not (<ArmServo>self.arm[i]).aim(self.fused):
-                    reasons |= 1 << BECAUSE_UNREACHABLE
+            if self.posing:
+                self._head(reasons)
+            else:
+                for i in range(self.arm_count):
+                    if not (<ArmServo>self.arm[i]).aim(self.fused):
+                        reasons |= 1 << BECAUSE_UNREACHABLE
             if reasons & 1 << BECAUSE_UNREACHABLE:
                 self.status.unreachable_ticks += 1
             mark = self.reports.account(STEP_KINEMATICS, mark)
@@ -198,10 +205,12 @@ cdef class Servo:
         wanted = self.mode.wanted
         if self.mode_seen == 0 or load_relaxed(&self.quitting):
             wanted = WANT_REST
-        elif wanted > WANT_BRAKE or not 0 < self.mode.speed <= 1:
+        elif wanted > WANT_PARK or not 0 < self.mode.speed <= 1:
             wanted = WANT_STOP
             bits |= 1 << BECAUSE_DAMAGED_MODE
-        asked = self.mode.arming > arming and (wanted == WANT_HOLD or wanted == WANT_TRACK)
+        asked = self.mode.arming > arming and (
+            wanted == WANT_HOLD or wanted == WANT_TRACK or wanted == WANT_HOME or wanted == WANT_PARK
+        )
         if asked:
             arming = self.mode.arming
 
@@ -226,6 +235,10 @@ cdef class Servo:
             bits |= 1 << BECAUSE_STOP
         elif wanted == WANT_BRAKE:
             bits |= 1 << BECAUSE_BRAKE
+        elif wanted == WANT_HOME:
+            bits |= 1 << BECAUSE_HOME
+        elif wanted == WANT_PARK:
+            bits |= 1 << BECAUSE_PARK
         if not self.moving:
             bits |= 1 << BECAUSE_UNARMED
         else:
@@ -262,6 +275,7 @@ cdef class Servo:
         self.approach = True
         self.inbox.has_chunk = False
         self.stood = 0
+        self.answered_ns = tick_ns
         self.status.arming = self.mode.arming
         self.status.epoch = self.mode.epoch
         self.status.latched = 0
@@ -277,6 +291,8 @@ cdef class Servo:
                 self.status.chunks_taken += 1
             else:
                 self.status.chunks_refused += 1
+            if verdict == ACCEPTED or not self.moving:  # unarmed there is no path yet that could take one
+                self.answered_ns = now_ns
         if not self.inbox.has_chunk:
             return 1 << BECAUSE_STARVED
         if now_ns - self.inbox.observed_ns > self.chunk_budget_ns:
@@ -287,14 +303,18 @@ cdef class Servo:
 
     cdef double _wanted_rate(self, uint64_t reasons) noexcept nogil:
         """The rate that tau shall have, and whether this tick belongs to an approach."""
+        cdef bint ready
         cdef double rate = 0 if reasons else self.mode.speed
         self.stood = self.stood + 1 if self.clock.state.rate == 0 else 0
         if not self.approach and self.stood and self.standing and (
-            reasons & 1 << BECAUSE_HOLD or self.stood > self.rest_ticks
+            reasons & HOLDING_BITS or self.stood > self.rest_ticks
         ):
             self.approach = True
             rate = 0  # from the next tick on, whose reasons know that it is one
-        self.approaching = self.approach and rate > 0 and self.clock.state.rate == 0
+        # From the second tick on: the first command of an arming is where the arm is.
+        ready = self.approach and self.stood > 1
+        self.approaching = ready and rate > 0
+        self.posing = ready and reasons & POSE_BITS and not reasons & ~(POSE_BITS | OF_CHUNKS_BITS)
         return 0 if self.approach else rate
 
     cdef uint64_t _fuse(self) noexcept nogil:
@@ -315,12 +335,20 @@ cdef class Servo:
             return 1 << BECAUSE_LIMITS
         return 1 << BECAUSE_STARVED if flags & SAMPLE_STARVED else 0
 
+    cdef void _head(self, uint64_t reasons) noexcept nogil:
+        """Axis targets of the pose that is wanted."""
+        cdef int i
+        self.there = True
+        for i in range(self.arm_count):
+            if not (<ArmServo>self.arm[i]).head((reasons & 1 << BECAUSE_PARK) != 0):
+                self.there = False
+
     cdef int _limit(self, int64_t tick_ns) noexcept nogil:
         """Tracked to limited for all arms, or all brake. Bits of limits.KINDS."""
         cdef int i, one, clipped = 0
         self.standing = True
         for i in range(self.arm_count):
-            if self.braking or (self.approach and not self.approaching):
+            if self.braking or (self.approach and not self.approaching and not self.posing):
                 one = (<ArmServo>self.arm[i]).brake(tick_ns)
             else:
                 one = (<ArmServo>self.arm[i]).limit(tick_ns)
@@ -357,7 +385,7 @@ cdef class Servo:
             return SERVO_IDLE
         if self.braking and not self.standing:
             return SERVO_BRAKING
-        if self.approaching:
+        if self.approaching or (self.posing and not (self.there and self.standing)):
             return SERVO_APPROACHING
         if self.clock.state.rate > 0 and wanted_rate > 0:
             return SERVO_TRACKING
@@ -376,6 +404,7 @@ cdef class Servo:
         status.tick_ns = tick_ns
         status.doing = self._doing(wanted_rate)
         status.standing = self.standing and self.clock.state.rate == 0
+        status.posed = status.wanted if self.moving and self.posing and self.there and self.standing else 0
         status.reasons = reasons
         if self.moving:
             status.latched |= reasons
@@ -384,6 +413,11 @@ cdef class Servo:
         status.speed = self.mode.speed
         left = self.fusion.c_path_end() - status.tau
         status.path_left = left if left > 0 else 0
+        if self.inbox.sync and self.moving and self.inbox.has_chunk and left > 0:
+            self.answered_ns = now_ns
+            status.owed_ns = -1
+        else:
+            status.owed_ns = self.answered_ns
         status.chunk = self.fusion.c_sequence()
         status.chunk_age_ns = now_ns - self.inbox.observed_ns if self.inbox.has_chunk else -1
         for i in range(self.arm_count):

@@ -66,7 +66,8 @@ class ArmPlan:
     """One command slot's worth of axes: an arm with or without its gripper, or a gripper alone.
 
     Every axis is driven by exactly one of ``direct`` and ``pose``. ``chain`` names a known arm or a URDF file; it is
-    needed for poses and for a workspace.
+    needed for poses and for a workspace. ``home`` and ``park`` are positions, one per axis, that the operator may send
+    the arm to; None: there is no such place, and the arm stays where it is.
     """
 
     name: str
@@ -75,6 +76,8 @@ class ArmPlan:
     pose: PoseAction | None = None
     chain: str | None = None
     state_budget: float = 0.1
+    home: tuple[float, ...] | None = None
+    park: tuple[float, ...] | None = None
 
     @property
     def axes(self) -> int:
@@ -168,6 +171,14 @@ class ServoPlan:
             raise ValueError(
                 f"arm {arm.name}: axes {sorted(driven)} are driven; expected each of 0..{arm.axes - 1} once"
             )
+        for name, pose in (("home", arm.home), ("park", arm.park)):
+            if pose is None:
+                continue
+            if len(pose) != arm.axes:
+                raise ValueError(f"arm {arm.name}: {name} has {len(pose)} numbers; expected {arm.axes}, one per axis")
+            for number, (at, low, high) in enumerate(zip(pose, arm.limits.lower, arm.limits.upper, strict=True)):
+                if not low <= at <= high:
+                    raise ValueError(f"arm {arm.name}: {name} of axis {number} is {at}; expected {low} to {high}")
         for axis in arm.direct:
             if not 0 <= axis.component < len(self.components):
                 raise ValueError(f"arm {arm.name}: component {axis.component} of {len(self.components)}")

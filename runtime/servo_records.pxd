@@ -15,6 +15,7 @@ from libc.stdint cimport int64_t, uint64_t
 cdef enum:
     MOST_ARMS = 4
     MOST_AXES = 16  # joints of an arm and its gripper, as in `limits`
+    WORDS = 128  # bytes
 
 # What the supervisor wants (modes.Want). A word that is none of these is damage and counts as WANT_STOP.
 cdef enum:
@@ -23,12 +24,14 @@ cdef enum:
     WANT_TRACK = 2  # follow the chunks
     WANT_STOP = 3   # ramp to rest along the path and stay there, commanded, until the next arming
     WANT_BRAKE = 4  # the shortest stop within limits, each axis by itself; likewise until the next arming
+    WANT_HOME = 5   # ramp to rest along the path, then go to the plan's pose as slowly as in an approach, and stay there
+    WANT_PARK = 6   # likewise
 
 # What the servo is doing.
 cdef enum:
     SERVO_IDLE = 0        # no command flows; the arms are where they are
     SERVO_STANDING = 1    # commanded, at rest
-    SERVO_APPROACHING = 2  # slowly to the first target after an arming or a hold; tau stands
+    SERVO_APPROACHING = 2  # slowly to the first target after an arming or a hold, or to a pose; tau stands
     SERVO_TRACKING = 3    # tau runs
     SERVO_STOPPING = 4    # tau ramps to 0
     SERVO_BRAKING = 5     # every joint brakes by itself, as hard as its limits allow
@@ -52,6 +55,8 @@ cdef enum Reason:
     BECAUSE_APPROACH
     BECAUSE_UNREACHABLE
     BECAUSE_DAMAGED_MODE
+    BECAUSE_HOME
+    BECAUSE_PARK
     REASON_COUNT
 
 # What a device does with its arm.
@@ -90,7 +95,8 @@ cdef struct CommandRecord:
 
 cdef struct StateRecord:
     uint64_t doing   # DEVICE_*
-    uint64_t faults  # bits
+    uint64_t faults  # bits, since the arming
+    uint64_t faulty  # 1: something is wrong now
     uint64_t arming  # of the last command taken
     uint64_t tick    # of the last command that went to the arm
     uint64_t axes
@@ -98,6 +104,8 @@ cdef struct StateRecord:
     double dq[MOST_AXES]      # NaN where the arm does not say
     double effort[MOST_AXES]  # Nm or N, NaN where the arm does not say
     double sent[MOST_AXES]    # what the arm was told last, NaN before the first
+    double target[MOST_AXES]  # where the vendor's controller heads for, NaN where it does not say
+    char words[WORDS]         # what is wrong, or was last since the arming: UTF-8, filled up with 0
 
 cdef struct StatusRecord:
     uint64_t tick
@@ -106,6 +114,7 @@ cdef struct StatusRecord:
     uint64_t mode       # sequence number of the mode record acted upon
     uint64_t doing      # SERVO_*
     uint64_t standing   # 1: tau and every axis at rest
+    uint64_t posed      # WANT_HOME or WANT_PARK: standing there, because that is wanted; else 0
     uint64_t reasons    # bits, now
     uint64_t latched    # bits, since the arming; those of LATCHING hold the robot
     uint64_t arming     # acted upon
@@ -116,6 +125,7 @@ cdef struct StatusRecord:
     double path_left    # s of tau to the last due action
     uint64_t chunk      # mailbox number of the newest chunk in use, 0 for none
     int64_t chunk_age_ns  # since its observation, -1 for none
+    int64_t owed_ns     # host time since when the policy owes a chunk, 0 before the first, -1 while none is owed
     uint64_t chunks_taken
     uint64_t chunks_refused
     uint64_t last_verdict  # of the newest chunk, by chunks.VERDICT_NAMES

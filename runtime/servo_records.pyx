@@ -9,14 +9,14 @@ import numpy as np
 
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_STALLED,
-    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, CommandRecord,
-    ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
+    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, WANT_PARK, WORDS,
+    CommandRecord, ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
 )
 
 ARMS_AT_MOST = MOST_ARMS
 AXES_AT_MOST = MOST_AXES
 
-WANTED = ("rest", "hold", "track", "stop", "brake")
+WANTED = ("rest", "hold", "track", "stop", "brake", "home", "park")
 SERVO_DOING = ("idle", "standing", "approaching", "tracking", "stopping", "braking")
 REASONS = (
     "rest",  # wanted by the supervisor, as the next three
@@ -36,6 +36,8 @@ REASONS = (
     "approach",  # on the way to the first target
     "unreachable",  # no joint angles for the wanted pose: the arms go to the nearest that was found
     "damaged_mode",  # the mode record holds what no supervisor writes
+    "home",  # wanted by the supervisor, as the next: on the way to that pose, or there
+    "park",
 )
 DEVICE_DOING = ("idle", "following", "braking", "holding", "stopped")
 DEVICE_FAULTS = ("silence", "lease", "estop", "command", "driver", "arm")
@@ -55,16 +57,18 @@ COMMAND = np.dtype(
 )
 STATE = np.dtype(
     [
-        ("doing", "<u8"), ("faults", "<u8"), ("arming", "<u8"), ("tick", "<u8"), ("axes", "<u8"),
+        ("doing", "<u8"), ("faults", "<u8"), ("faulty", "<u8"), ("arming", "<u8"), ("tick", "<u8"), ("axes", "<u8"),
         ("q", "<f8", MOST_AXES), ("dq", "<f8", MOST_AXES), ("effort", "<f8", MOST_AXES), ("sent", "<f8", MOST_AXES),
+        ("target", "<f8", MOST_AXES), ("words", f"S{WORDS}"),
     ]
 )
 STATUS = np.dtype(
     [
         ("tick", "<u8"), ("tick_ns", "<i8"), ("wanted", "<u8"), ("mode", "<u8"), ("doing", "<u8"),
-        ("standing", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"),
+        ("standing", "<u8"), ("posed", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"),
         ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"), ("path_left", "<f8"), ("chunk", "<u8"),
-        ("chunk_age_ns", "<i8"), ("chunks_taken", "<u8"), ("chunks_refused", "<u8"), ("last_verdict", "<u8"),
+        ("chunk_age_ns", "<i8"), ("owed_ns", "<i8"), ("chunks_taken", "<u8"), ("chunks_refused", "<u8"),
+        ("last_verdict", "<u8"),
         ("overruns", "<u8"), ("clipped_ticks", "<u8"), ("clipped_kinds", "<u8"), ("nonfinite_ticks", "<u8"),
         ("unreachable_ticks", "<u8"), ("lateness_p50_ns", "<i8"), ("lateness_p99_ns", "<i8"),
         ("lateness_max_ns", "<i8"), ("cost_p50_ns", "<i8"), ("cost_p99_ns", "<i8"), ("cost_max_ns", "<i8"),
@@ -76,6 +80,7 @@ TELEMETRY_HEADER = [
     ("clipped", "<u8"), ("chunk", "<u8"), ("tau", "<f8"), ("tau_rate", "<f8"),
 ]
 
+assert len(WANTED) == WANT_PARK + 1
 assert len(REASONS) == REASON_COUNT and len(DEVICE_FAULTS) == DEVICE_FAULT_COUNT
 assert MODE.itemsize == sizeof(ModeRecord) and COMMAND.itemsize == sizeof(CommandRecord)
 assert STATE.itemsize == sizeof(StateRecord) and STATUS.itemsize == sizeof(StatusRecord)

@@ -1,6 +1,6 @@
 """Tests the limiter's tests: each small fault put into ``runtime/limits.py`` must make them fail.
 
-    python tests/mutate_limits.py [--jobs N] [--only LINE ...] [--json FILE]
+    python tests/mutate_limits.py [--jobs N] [--only LINE ...] [--state FILE] [--json FILE]
 
 Faults, one at a time: a comparison widened, narrowed or turned; + and -, * and / exchanged; a number changed; min and
 max, and/or, True/False exchanged; a sign or a `not` dropped; += and -= exchanged; a call whose value nobody takes left
@@ -9,10 +9,15 @@ out. Messages, docstrings and annotations are left alone. Faults that survive ar
 
 Only tests of the interpreted source are run, without the comparison with the compiled one: that would tell every
 fault, since the compiled module does not have it.
+
+The whole run takes an hour or two. With ``--state`` every verdict is kept as it falls, and an interrupted run goes on;
+verdicts are of one text of the limiter and are dropped when it changes. ``--again`` judges the kept survivors anew,
+which is what one does after adding a test.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import sys
@@ -122,8 +127,8 @@ def mutants(text):
 class Run:
     """A pytest plugin: collects once, then judges every mutant in a fork whose copy of the module it is put into."""
 
-    def __init__(self, text, jobs, only):
-        self.text, self.jobs = text, jobs
+    def __init__(self, text, jobs, only, verdicts):
+        self.jobs, self.verdicts = jobs, verdicts
         self.todo = [m for m in mutants(text) if not only or m.line in only]
         self.survivors = []
 
@@ -136,8 +141,16 @@ class Run:
         order = sorted(items, key=lambda item: took[item.nodeid])
         begin = time.monotonic()
         running = {}
-        waiting = list(enumerate(self.todo))[::-1]
+        waiting = []
         outcome = {}
+        for number, mutant in list(enumerate(self.todo))[::-1]:
+            known = self.verdicts.of(mutant)
+            if known is None:
+                waiting.append((number, mutant))
+            else:
+                outcome[number] = known
+                self.survivors += [] if known else [mutant]
+        print(f"{len(self.todo)} faults, {len(outcome)} judged before", flush=True)
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 number, mutant = waiting.pop()
@@ -160,6 +173,7 @@ class Run:
                     continue
                 del running[child]
                 outcome[number] = bool(dead)
+                self.verdicts.keep(self.todo[number], bool(dead))
                 if killer is not None and killer < len(order):
                     # What found this fault is likely to find the next one, a line below.
                     order.insert(0, order.pop(killer))
@@ -207,16 +221,51 @@ class Run:
         return 0
 
 
+class Verdicts:
+    """What became of each fault, kept in ``file`` (None: nowhere) line by line; True: found."""
+
+    def __init__(self, text, file, again):
+        self.file, self.found = file, {}
+        head = {"limits": hashlib.sha256(text.encode()).hexdigest()}
+        if file is None:
+            return
+        lines = file.read_text().splitlines() if file.is_file() else []
+        if lines and json.loads(lines[0]) == head:
+            for line in lines[1:]:
+                fault, verdict = json.loads(line)
+                self.found[fault[:16]] = verdict
+        if again:
+            self.found = {fault: verdict for fault, verdict in self.found.items() if verdict}
+        kept = [json.dumps(head), *(json.dumps(row) for row in self.found.items())]
+        file.write_text("".join(f"{line}\n" for line in kept))
+
+    @staticmethod
+    def key(mutant):
+        return hashlib.sha256(mutant.text.encode()).hexdigest()[:16]
+
+    def of(self, mutant):
+        return self.found.get(self.key(mutant))
+
+    def keep(self, mutant, verdict):
+        self.found[self.key(mutant)] = verdict
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps([self.key(mutant), verdict]) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", metavar="LINE", help="only faults on these lines")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--state", type=Path, metavar="FILE", help="keep verdicts there, and go on from them")
+    parser.add_argument("--again", action="store_true", help="judge the survivors in the state file anew")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     os.chdir(ROOT)
-    import pytest
+    import pytest  # after chdir: it reads its settings from where it stands
 
-    run = Run(SOURCE.read_text(), options.jobs, options.only)
+    text = SOURCE.read_text()
+    run = Run(text, options.jobs, options.only, Verdicts(text, options.state, options.again))
     code = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-k", SELECT, *SUITE], plugins=[run])
     if code not in (0, 5):
         sys.exit(int(code))

@@ -37,6 +37,7 @@ from .semantics import (
     Transform,
     components,
 )
+from .semantics import Part as Meaning
 from .stages import (
     TARGETS,
     EmbeddingTable,
@@ -51,10 +52,19 @@ from .stages import (
     VisionStage,
 )
 from .values import MANIFEST
+from .wording import (
+    SCALEDP_SIZES,
+    bytes_in_words,
+    expert_kind,
+    experts_in_words,
+    head_size,
+    policy_in_words,
+)
 from .writing import BundleWriter, Sink
 
 __all__ = [
     "MANIFEST",
+    "SCALEDP_SIZES",
     "TARGETS",
     "Arm",
     "Bundle",
@@ -82,6 +92,7 @@ __all__ = [
     "LanguageStage",
     "Machine",
     "Manifest",
+    "Meaning",
     "Normalization",
     "Pixels",
     "Progress",
@@ -108,9 +119,14 @@ __all__ = [
     "Transform",
     "Vision",
     "VisionStage",
+    "bytes_in_words",
     "components",
     "describe",
+    "expert_kind",
+    "experts_in_words",
+    "head_size",
     "lines",
     "open_bundle",
+    "policy_in_words",
     "size_after",
 ]

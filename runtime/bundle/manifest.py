@@ -145,7 +145,7 @@ class Provenance(Data):
 class GateResult(Data):
     """One gate as it stood at export. `value` is null where the measurement was no finite number."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_./-]{0,127}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9_./-]{0,127}$")]
     kind: Literal["lowering_parity", "quantization_error"]
     value: float | None
     limit: float

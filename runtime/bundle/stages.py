@@ -10,7 +10,7 @@ from .values import Count, Data, FileName, Table, Version, parsed_version, repea
 
 TargetName = Literal["cpu", "cuda", "rtx", "orin-jp72", "thor-jp72"]
 EngineKind = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-row", "int4", "int4-row", "fp8", "fp4"]
 Dtype = Literal[
     "float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "int8", "uint8", "int4", "uint4", "bool"
 ]

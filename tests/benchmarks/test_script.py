@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -61,7 +62,12 @@ def test_benchmarks_are_found_by_their_summary_and_not_imported(folder):
 
 
 def test_ours_are_found():
-    assert {"peaks", "slots"} <= set(script.discover())
+    assert {"fuzz_limits", "peaks", "seams", "servo", "slots"} <= set(script.discover())
+
+
+def test_every_committed_result_is_one_of_a_benchmark():
+    results = sorted(Path(benchmarks.__path__[0], "results").glob("*.json"))
+    assert {Report.read(path).benchmark for path in results} <= set(script.discover())
 
 
 def test_without_a_name_all_are_listed_with_their_last_goals(folder, bench):

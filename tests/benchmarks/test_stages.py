@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from chatvla_edge.benchmarks import experts, resident, stages
+from chatvla_edge.benchmarks import experts, peers, resident, stages
 from chatvla_edge.benchmarks.report import Report
 
 
@@ -18,11 +18,11 @@ def again(report: Report) -> Report:
 
 @pytest.mark.slow
 def test_queries_drafts_and_memory_of_tiny_are_in_the_report(tmp_path):
-    report = again(stages.run(options(parts=["tiny"], work=tmp_path, rounds=7, without=[])))
+    report = again(stages.run(options(parts=["tiny", "memory"], work=tmp_path, rounds=7, without=[])))
     rows = {row.name: row for row in report.rows}
-    for name in ("eager fp32", "eager bf16", "fp32", "int8", "int4"):
+    for name in ("eager fp32", "eager bf16", "fp32", "int8", "int8-row", "int4", "int4-row"):
         assert rows[f"tiny, 1 thread: query: {name}"].p50 > 0
-    for precision in ("fp32", "int8", "int4"):
+    for precision in ("fp32", "int8", "int8-row", "int4", "int4-row"):
         told = f"tiny, 1 thread: reasoning {precision}"
         assert rows[f"{told}: plain: passes"].p50 == stages.TOKENS
         assert rows[f"{told}: right draft: passes"].p50 == 1
@@ -47,7 +47,8 @@ def test_the_price_of_a_layer_comes_from_two_sizes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "shortened", shortened)
     monkeypatch.setattr(stages, "READ_BYTES", 1 << 20)
-    report = again(stages.run(options(parts=["real"], work=tmp_path, rounds=7, without=[])))
+    chosen = ["int8", "int8-row", "int4"]
+    report = again(stages.run(options(parts=["real"], work=tmp_path, rounds=7, without=[], precisions=chosen)))
     names = {row.name for row in report.rows}
     for stage in stages.STAGES:
         for size in ("half", "whole"):
@@ -55,7 +56,8 @@ def test_the_price_of_a_layer_comes_from_two_sizes(tmp_path, monkeypatch):
             assert f"{stage}, 1 thread: {size}: int4" in names
         assert f"{stage}, 1 thread: int8: extrapolated" in names
     assert "query of 50 tokens, 1 thread: int8: extrapolated" in names
-    assert len(report.goals) == 2
+    assert "query with a right draft, 1 thread: int8-row: extrapolated, at most" in names
+    assert len(report.goals) == 4
 
 
 @pytest.mark.slow
@@ -65,6 +67,20 @@ def test_experts_are_compared_with_the_loop_and_with_bandwidth(monkeypatch):
     names = {row.name for row in report.rows}
     assert {"decode, 1 thread: int4", "256 rows, 1 thread: eager bf16", "one map, int8, 1 thread: two rows"} <= names
     assert [goal.ok for goal in report.goals] == [None, None], "caches hold narrow experts"
+
+
+@pytest.mark.slow
+def test_peers_compute_the_same_and_a_missing_one_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _name: None)
+    report = again(peers.run(options(work=tmp_path)))
+    names = {row.name for row in report.rows}
+    for stage in peers.STAGES:
+        assert {f"{stage}, 1 thread: {name}" for name in ("eager fp32", "int8-row", "plain ONNX, all experts")} <= names
+    assert peers.OPENVINO in report.notes
+    # All experts or the chosen ones: the same sums.
+    feed = peers.feeds(peers.PRESETS["tiny"][0])["decode"]
+    found = [peers.ort(tmp_path / f"language_{kind}.onnx", 1)(feed) for kind in ("all", "chosen")]
+    assert peers.difference(found[1]["hidden"], found[0]["hidden"]) <= 1e-5
 
 
 def test_a_right_price_is_linear_in_layers():

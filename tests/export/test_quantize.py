@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from chatvla_edge.export.quantize import INT4, INT8, BlockFormat, dequantize, quantize
+from chatvla_edge.export.quantize import INT4, INT8, PRECISIONS, ROW8, BlockFormat, dequantize, quantize
 
 FORMS = [INT8, INT4, BlockFormat(8, 32), BlockFormat(4, 16)]
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.bits} bits, {form.block}")
@@ -124,6 +124,33 @@ def test_a_large_map_is_the_same_as_its_rows(form, monkeypatch):
     by_rows = quantize(weight, form)
     np.testing.assert_array_equal(whole.codes, by_rows.codes)
     np.testing.assert_array_equal(whole.scales, by_rows.scales)
+
+
+@pytest.mark.parametrize("columns", [64, 129, 300])
+def test_one_scale_per_row_is_one_block_as_long_as_the_row(columns):
+    weight = weights(13, 7, columns)
+    rows, block = quantize(weight, ROW8), quantize(weight, BlockFormat(8, columns))
+    np.testing.assert_array_equal(rows.codes, block.codes)
+    np.testing.assert_array_equal(rows.scales, block.scales)
+    assert rows.scales.shape == (7, 1)
+    np.testing.assert_array_equal(dequantize(rows, ROW8, columns), dequantize(block, BlockFormat(8, columns), columns))
+
+
+def test_bits_count_codes_scales_and_padding():
+    assert INT8.bits_per_weight(1536) == 8.25
+    assert INT4.bits_per_weight(8960) == 4.25
+    assert INT8.bits_per_weight(64) == 2 * (8 + 0.25), "half of the block is padding"
+    assert ROW8.bits_per_weight(64) == 8.5
+
+
+def test_a_precision_names_the_form_of_every_map():
+    mixed, expert = PRECISIONS["int4-row"], "backbone.language.layers.3.mlp.routed.0.up_proj.weight"
+    assert mixed.form(expert, (128, 64)) == INT4
+    assert mixed.form("backbone.language.layers.3.self_attn.q_proj.weight", (64, 64)) == ROW8
+    assert mixed.form("backbone.visual.blocks.0.mlp.fc1.weight", (128, 64)) == ROW8
+    assert mixed.form("backbone.language.layers.3.mlp.router.weight", (64, 64)) is None
+    assert mixed.form(expert, (128, 32)) is None
+    assert PRECISIONS["fp32"].form(expert, (128, 64)) is None
 
 
 # ------------------------------------------------------------------------------- ONNX Runtime reads the same weights

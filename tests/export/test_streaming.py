@@ -13,7 +13,7 @@ from support import tiny
 
 from chatvla_edge.export import streaming
 from chatvla_edge.export.probes import dequantized, rounding, speak
-from chatvla_edge.export.quantize import INT4, INT8, dequantize, quantize
+from chatvla_edge.export.quantize import PRECISIONS, dequantize, quantize
 from chatvla_edge.export.spec import ExpertsSpec
 from chatvla_edge.export.streaming import streamed
 
@@ -77,16 +77,17 @@ def test_a_model_that_fits_is_read_once():
     assert len(asked) == before == len(set(asked)) + 1  # the table once more, as the output head
 
 
-@pytest.mark.parametrize("form", [INT8, INT4], ids=["int8", "int4"])
-def test_rounding_slab_by_slab_is_rounding_the_whole(form):
+@pytest.mark.parametrize("name", ["int8", "int4", "int8-row", "int4-row"])
+def test_rounding_slab_by_slab_is_rounding_the_whole(name):
     model = tiny.model(spec("dense"))
-    whole = dequantized(model, form)
-    lazy = streamed(model.spec, stored(model)[0], rounding(form), held=0)
+    precision = PRECISIONS[name]
+    whole = dequantized(model, precision)
+    lazy = streamed(model.spec, stored(model)[0], rounding(precision), held=0)
     for found, expected in zip(tiny.outputs(lazy), tiny.outputs(whole), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     # And the whole is what `quantize` makes of each map, the table and what is small left alone.
     for name in ("backbone.language.layers.1.self_attn.q_proj.weight", "backbone.lm_head.weight"):
-        weight = model.get_parameter(name).numpy()
+        weight, form = model.get_parameter(name).numpy(), precision.form(name, tuple(model.get_parameter(name).shape))
         np.testing.assert_array_equal(
             whole.get_parameter(name).numpy(), dequantize(quantize(weight, form), form, weight.shape[1])
         )

@@ -53,7 +53,7 @@ def test_the_sdist_holds_what_it_takes_to_build(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}.union(
-        *(sources(pattern) for pattern in ("*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "py.typed"))
+        *(sources(pattern) for pattern in ("*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.c", "py.typed"))
     )
     assert wanted <= held, wanted - held
 

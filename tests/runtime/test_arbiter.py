@@ -4,9 +4,9 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from support.arbiter_rig import TURN, Case, Life, healthy
+from support.arbiter_rig import STOPS_IN, TURN, Case, Life, healthy
 
-from chatvla_edge.runtime.arbiter import EDGES, REDUCING, WANT, Act, Arbiter, Order, Request, State, step
+from chatvla_edge.runtime.arbiter import ARMING, EDGES, REDUCING, WANT, Act, Arbiter, Order, Request, State, step
 from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Mode, S, Want
 from chatvla_edge.runtime.observations import Camera
 from chatvla_edge.runtime.pages import EmergencyStop, Lease
@@ -155,6 +155,104 @@ def test_causes_are_what_held_stopped_or_faulted_each_once():
     assert named(life.state.causes) == ["enable released", "policy not ready", "device fault"]
 
 
+# ------------------------------------------------------------------------------------------------------------- errands
+
+NO_POLICY = ("policy died", "policy not ready", "chunk stale", "frame stale", "camera died", "clock stepped", "gave up")
+
+
+def test_home_from_the_policys_trajectory_stands_there_until_resume():
+    life = Life().arm()
+    assert reply(life.turn(Act.HOME)).text == "slowly to home"
+    assert (life.mode, life.want, life.state.arming) == (Mode.ACTIVE, Want.HOME, 1)
+    life.pass_time(20 * S)
+    assert (life.mode, life.want) == (Mode.ACTIVE, Want.HOME)
+    assert reply(life.turn(Act.RESUME)).accepted
+    assert (life.mode, life.want, life.state.arming) == (Mode.ACTIVE, Want.TRACK, 1)
+
+
+def test_park_ends_disarmed_and_the_next_arming_is_the_policys():
+    life = Life().arm()
+    life.turn(Act.PARK)
+    assert life.until(Mode.DISARMED, Mode.READY, within=3 * S) > STOPS_IN
+    assert named(life.state.causes) == ["parked"]
+    assert life.want is Want.REST
+    assert life.arm().want is Want.TRACK
+
+
+@pytest.mark.parametrize("act", [Act.HOME, Act.PARK])
+def test_an_errand_is_an_arming_that_needs_neither_policy_nor_cameras_nor_log(act):
+    life = Life()
+    for name in (*NO_POLICY, "recorder died"):
+        life.begin(name)
+    life.pass_time(2 * S)
+    assert life.mode is Mode.DISARMED
+    assert not reply(life.turn(Act.ARM)).accepted
+    decision = life.turn(act)
+    assert reply(decision).text == "armed, arming 1; it begins with a slow approach"
+    assert decision.moves == ((Mode.DISARMED, Mode.READY), (Mode.READY, Mode.ACTIVE))
+    life.pass_time(500 * MS)
+    assert (life.mode, life.want.value) == (Mode.ACTIVE, act.value)
+    # Back at the policy's trajectory, what it lacks counts again.
+    life.turn(Act.RESUME)
+    life.pass_time(2 * S)
+    assert life.mode in (Mode.HOLD, Mode.FAULT)
+    assert "policy died" in life.names
+
+
+@pytest.mark.parametrize("name", ["device fault", "state stale", "enable released", "not at rest"])
+def test_what_concerns_the_arms_stands_against_an_errand(name):
+    life = Life()
+    life.begin(name)
+    life.begin("policy died")
+    life.pass_time(1 * S)
+    refusal = reply(life.turn(Act.PARK))
+    assert not refusal.accepted
+    assert named(refusal.reasons) == [name]
+
+
+def test_a_held_robot_whose_policy_died_can_be_parked():
+    life = Life().arm()
+    life.begin("policy died")
+    life.turn(Act.HOLD)
+    assert life.mode is Mode.HOLD
+    assert reply(life.turn(Act.PARK)).accepted
+    life.turn()
+    assert (life.mode, life.want) == (Mode.ACTIVE, Want.PARK)
+    life.until(Mode.DISARMED, within=3 * S)
+    assert "parked" in named(life.state.causes)
+
+
+def test_an_errand_is_held_and_goes_on():
+    life = Life().arm()
+    life.turn(Act.HOME)
+    life.turn(Act.HOLD)
+    assert life.want is Want.HOLD
+    life.pass_time(15 * S)
+    life.turn(Act.RESUME)
+    life.turn()
+    assert (life.mode, life.want) == (Mode.ACTIVE, Want.HOME)
+
+
+@pytest.mark.parametrize("act", [Act.STOP, Act.ESTOP])
+def test_an_errand_is_stopped_and_forgotten(act):
+    life = Life().arm()
+    life.turn(Act.HOME)
+    life.turn(act)
+    life.until(Mode.SOFT_STOP if act is Act.STOP else Mode.FAULT, within=TURN)
+    life.turn(Act.DISARM)
+    life.pass_time(3 * S)
+    assert life.state.errand is None
+    assert life.arm().want is Want.TRACK
+
+
+def test_at_a_pose_that_was_not_asked_for_nothing_is_parked():
+    case = Case(Mode.ACTIVE)
+    case.state = replace(case.state, errand=Want.PARK)
+    for want in (Want.TRACK, Want.HOME):  # the servo has not taken the order yet
+        case.seen = replace(case.seen, servo=replace(case.seen.servo, want=want, posed=True))
+        assert "parked" not in named(case.step().reasons)
+
+
 # ------------------------------------------------------------------------------------------------------------ requests
 
 
@@ -224,10 +322,11 @@ def test_who_is_armed_is_not_armed_again(mode):
     assert decision.state.arming == 3
 
 
-def test_arm_in_the_moment_in_which_a_stop_ends_is_refused():
+@pytest.mark.parametrize("act", sorted(ARMING, key=lambda act: act.value))
+def test_arm_in_the_moment_in_which_a_stop_ends_is_refused(act):
     case = Case(Mode.SOFT_STOP)
     case.seen = replace(case.seen, servo=replace(case.seen.servo, standing=True))
-    decision = case.step(Request(Act.ARM))
+    decision = case.step(Request(act))
     assert decision.state.mode is Mode.DISARMED
     assert reply(decision).text == "disarmed only this moment: again"
 

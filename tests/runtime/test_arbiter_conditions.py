@@ -5,7 +5,7 @@ from itertools import combinations
 from math import nan
 
 import pytest
-from support.arbiter_rig import PERIOD, REMEMBERED, ROWS, STOPS_IN, TROUBLES, TURN, Case, Life, device
+from support.arbiter_rig import GOES_IN, PERIOD, REMEMBERED, ROWS, STOPS_IN, TROUBLES, TURN, Case, Life, device
 
 from chatvla_edge.runtime.arbiter import Act, Request
 from chatvla_edge.runtime.conditions import SETTLE_NS, TABLE
@@ -13,7 +13,7 @@ from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Clears, Mode, Reacti
 
 NAMES = list(ROWS)
 OF_AN_ARMING = {
-    "operator hold", "operator stop", "hold overlong", "lease lapsed", "stop overran",
+    "operator hold", "operator stop", "hold overlong", "lease lapsed", "stop overran", "parked",
     "arming refused", "servo stopped", "device stopped", "command not finite", "vendor deviates", "not following",
 }  # fmt: skip
 SETTLES = 5 * S  # the fullest bucket is empty, and any condition forgotten
@@ -196,11 +196,14 @@ def test_a_condition_is_forgotten_exactly_when_it_has_settled():
 PAIRS = list(combinations(NAMES, 2))
 
 
-# A wait is not the operator's hold, and a servo that refuses an arming says nothing of that arming.
+# A wait is not the operator's hold, a servo that refuses an arming says nothing of that arming, and one that disobeys
+# is not parked. Going to a pose is not judged by what it can do without.
 CONTRADICTORY = [
     {"operator hold", "hold overlong"},
     {"arming refused", "servo stopped"},
     {"arming refused", "command not finite"},
+    {"parked", "servo disobeys"},
+    *({"parked", row.name} for row in TABLE if not row.of_errands and Mode.ACTIVE in row.judged_in),
 ]
 
 
@@ -213,7 +216,7 @@ def together(a: str, b: str) -> list[Mode]:
 
 def test_few_pairs_exclude_each_other():
     excluded = {frozenset(pair) for pair in PAIRS if not together(*pair)}
-    in_one_mode = [{"starved", "unreachable"}, {"hold overlong"}, {"stop overran"}]
+    in_one_mode = [{"starved", "unreachable", "parked"}, {"hold overlong"}, {"stop overran"}]
     assert excluded == (
         {frozenset({"not at rest", name}) for name in OF_AN_ARMING | {"starved", "unreachable"}}
         | {frozenset({a, b}) for these, those in combinations(in_one_mode, 2) for a in these for b in those}
@@ -236,7 +239,7 @@ def test_of_two_conditions_the_more_severe_wins_and_both_are_told(a, b):
 
 def test_all_conditions_that_can_be_at_once_are_told_in_order():
     case = Case(Mode.ACTIVE)
-    names = [row.name for row in TABLE if Mode.ACTIVE in row.judged_in and row.name != "arming refused"]
+    names = [row.name for row in TABLE if Mode.ACTIVE in row.judged_in and row.name not in ("arming refused", "parked")]
     for name in names:
         case.put(name)
     assert named(case.step().reasons) == names[::-1]
@@ -258,6 +261,9 @@ def onset(life: Life, name: str) -> int:
         life.begin("policy not ready")
         life.turn()
         return 10 * S + TURN
+    if name == "parked":
+        life.turn(Act.PARK)
+        return GOES_IN + 2 * TURN
     if name == "stop overran":
         life.stuck = True
         life.turn(Act.STOP)

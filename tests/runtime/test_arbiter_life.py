@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support.arbiter_rig import ROWS, TROUBLES, TURN, Life
 
-from chatvla_edge.runtime.arbiter import EDGES, REDUCING, Act, Request
-from chatvla_edge.runtime.modes import ARMED, LEASE_NS, MS, Mode, Reaction, S, Want
+from chatvla_edge.runtime.arbiter import ARMING, EDGES, REDUCING, Act, Request
+from chatvla_edge.runtime.modes import ARMED, ERRANDS, LEASE_NS, MS, Mode, Reaction, S, Want
 
 REQUESTS = st.one_of(
     st.sampled_from([Request(act) for act in Act]),
@@ -48,8 +48,8 @@ class Lives(RuleBasedStateMachine):
 
         # Motion begins with an accepted arm, which nothing stood against, and each of them counts.
         if (Mode.READY, Mode.ACTIVE) in decision.moves:
-            assert Act.ARM in accepted
-            assert not decision.blocking
+            assert accepted & ARMING
+            assert not [reason for reason in decision.blocking if Act.ARM in accepted or reason.condition.of_errands]
             assert not any(request.act in REDUCING for request in requests)
             self.armed, self.armings = True, self.armings + 1
         if state.mode not in ARMED:
@@ -60,6 +60,11 @@ class Lives(RuleBasedStateMachine):
         # The lease: at most 100 ms ahead, only while armed; tau runs only where nothing says otherwise.
         assert state.lease_until_ns == (now + LEASE_NS if self.armed else 0)
         worst = max((reason.condition.reaction for reason in reasons), default=Reaction.NOTE)
+        if decision.order.want in ERRANDS:
+            assert self.armed
+            # It begins in a step that was judged without it, where what concerns the policy is told all the same.
+            assert not [reason for reason in reasons if reason.condition.reaction >= Reaction.HOLD
+                        and (before.errand or reason.condition.of_errands) and before.mode is Mode.ACTIVE]  # fmt: skip
         if decision.order.want is Want.TRACK:
             assert self.armed
             # An arm begins in a step that was judged unarmed, in which a refusal-only row would have refused it.
@@ -91,7 +96,9 @@ class Lives(RuleBasedStateMachine):
         for name in life.begun:
             row = ROWS[name]
             at_once = not row.lasting_ns and not row.at_least
-            if at_once and before.mode in row.judged_in and name not in SPOILT:
+            if before.errand and not row.of_errands:
+                assert row not in [reason.condition for reason in reasons], name
+            elif at_once and before.mode in row.judged_in and name not in SPOILT:
                 assert row in [reason.condition for reason in reasons], name
 
     @rule(after=st.sampled_from([0, 1, MS, TURN, TURN, TURN, 60 * MS, LEASE_NS - 1, LEASE_NS, 1 * S]))
@@ -156,7 +163,7 @@ class Lives(RuleBasedStateMachine):
 
 
 # Words about the current arming are void while another trouble pretends that the servo acts on an older one.
-SPOILT = {"servo stopped", "command not finite", "device stopped", "servo disobeys"}
+SPOILT = {"servo stopped", "command not finite", "device stopped", "servo disobeys", "parked"}
 
 Lives.TestCase.settings = settings(
     max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -5,6 +5,7 @@ import pytest
 from support.limit_oracle import Bounds, violations
 from support.virtual_rig import LEASE_NS, START_NS, joint_plan
 
+from chatvla_edge.drivers.protocols import ArmState
 from chatvla_edge.runtime.device_plan import DevicePlan
 from chatvla_edge.runtime.devices import DeviceLoop
 from chatvla_edge.runtime.pages import Lease
@@ -23,8 +24,10 @@ class Arm:
         self.q = np.array(start)
         self.told = []
         self.stops = 0
-        self.fault = False
+        self.fault = ""
+        self.target = None
         self.broken = None
+        self.clock = lambda: START_NS
 
     def command(self, position):
         if self.broken == "command":
@@ -35,7 +38,7 @@ class Arm:
     def state(self):
         if self.broken == "state":
             raise OSError("bus off")
-        return self.q, None, None, None, self.fault
+        return ArmState(self.q, self.clock(), 0, target=self.target, fault=self.fault)
 
     def stop(self):
         self.stops += 1
@@ -54,6 +57,7 @@ class Bench:
         self.driver = Arm(start)
         self.loop = DeviceLoop(self.plan, wires, self.driver)
         self.now = START_NS
+        self.driver.clock = lambda: self.now
         self.granting = True
         self.record = np.zeros((), COMMAND)
         self.record["axes"] = AXES
@@ -257,6 +261,8 @@ def test_a_driver_that_raises_is_stopped_and_reported(call):
     assert "driver" in bench.faults
     assert bench.driver.stops == 1
     assert bench.doing == "stopped"
+    assert bench.state["words"] == f"{call}: OSError: bus off".encode()
+    assert bench.state["faulty"] == (call == "state")  # its command is not tried again, so nothing is wrong now
 
 
 def test_a_state_that_cannot_be_read_grows_old():
@@ -273,12 +279,40 @@ def test_a_state_that_cannot_be_read_grows_old():
 def test_a_fault_of_the_arm_brakes_and_is_reported():
     bench = Bench()
     bench.follow()
-    bench.driver.fault = True
+    bench.driver.fault = "motor 3: over-temperature"
     step = bench.record["dq"][0] * PERIOD * 1e-9
     bench.seconds(0.3, lambda: bench.send(q=bench.record["q"][:AXES] + step))
     assert bench.faults == {"arm"}
     assert bench.doing == "holding"
     assert bench.violations() == {}
+    assert (bench.state["faulty"], bench.state["words"]) == (1, b"motor 3: over-temperature")
+
+    # It cools down: the fault is over, its stop is not, and what it was can still be read until the next arming.
+    bench.driver.fault = ""
+    bench.seconds(0.1)
+    assert (bench.state["faulty"], bench.state["words"]) == (0, b"motor 3: over-temperature")
+    assert bench.faults == {"arm"}
+    bench.send(arming=2, q=bench.driver.q)
+    bench.cycle()
+    assert (bench.state["faulty"], bench.state["words"], bench.faults) == (0, b"", set())
+
+
+def test_words_of_a_fault_are_cut_off_and_not_the_state():
+    bench = Bench()
+    bench.driver.fault = "ü" * 100
+    bench.cycle()
+    assert bench.state["words"] == ("ü" * 64).encode()
+    assert bench.state["axes"] == AXES
+
+
+def test_where_the_vendor_heads_for_stands_beside_what_was_sent():
+    bench = Bench()
+    bench.follow()
+    assert np.isnan(bench.state["target"]).all()
+    bench.driver.target = (0.5, -0.25)
+    bench.cycle()
+    np.testing.assert_array_equal(bench.state["target"][:AXES], (0.5, -0.25))
+    np.testing.assert_array_equal(bench.state["sent"][:AXES], bench.driver.q)
 
 
 def test_history_keeps_every_state():

@@ -191,6 +191,43 @@ def test_a_slow_joint_is_clipped_for_velocity_alone(limits):
     assert feed(one(limits, acceleration=[1e4], jerk=[1e8]), [0.003])[1] == [0]
 
 
+def test_the_bits_name_each_limit_that_the_want_would_break_and_no_other(limits):
+    limiter = one(limits)
+    rng = np.random.default_rng(5)
+    q = v = a = 0.0
+    seen = set()
+    for k in range(4000):
+        spread = (1e-3, 4e-3, 0.03, 3.0)[k // 50 % 4]
+        want = q + DT * (v + rng.normal(0.0, spread)) if k % 97 else rng.choice([-1.2, 1.2])
+        np.frombuffer(limiter.wanted)[:] = want
+        answer = limiter.tick(BEGIN + (k + 1) * T)
+        asked = (min(max(want, -1.0), 1.0) - q) / DT
+        excess = {
+            "position": abs(want) - 1.0,
+            "velocity": abs(asked) - 2.0,
+            "acceleration": abs(asked - v) / DT - 10.0,
+            "jerk": abs((asked - v) / DT - a) - 500.0 * DT,
+        }
+        q, v, a = limiter.command[0], limiter.speed[0], limiter.acceleration[0]
+        if answer and min(map(abs, excess.values())) > 1e-3:  # further from each limit than its slack
+            expected = {kind for kind, over in excess.items() if over > 0}
+            assert {kind for kind in excess if answer & bits(limits, kind)} == expected, k
+            seen.add(frozenset(expected))
+    assert {frozenset({"jerk"}), frozenset({"acceleration", "jerk"})} < seen
+    assert len(seen) >= 4
+
+
+def test_a_want_within_reach_is_taken_though_the_one_before_it_was_lost(limits):
+    limiter = one(limits)
+    feed(limiter, [0.9] * 60)  # far away: lost, and at speed
+    for k in range(60, 90):
+        acceleration = 0.95 * limiter.acceleration[0]
+        want = limiter.command[0] + DT * (limiter.speed[0] + DT * acceleration)
+        np.frombuffer(limiter.wanted)[:] = want
+        assert limiter.tick(BEGIN + (k + 1) * T) == 0
+        assert limiter.command[0] == want
+
+
 def test_an_unnoticeable_clip_is_not_reported(limits):
     limiter = one(limits)
     assert feed(limiter, [4e-6 + 0.9e-8])[1] == [0]
@@ -507,6 +544,13 @@ def test_a_new_start_forgets_the_motion_before_it(limits):
     assert limiter.tick(now + T) == 0
     assert list(limiter.command) == [0.5, 0.5]
     assert limiter.brake(now + 2 * T) == 0
+    assert list(limiter.command) == [0.5, 0.5]
+
+
+def test_a_new_start_forgets_the_stop_that_was_carried(limits):
+    limiter, now = moving(limits)
+    limiter.reset([0.5, 0.5], now)
+    assert limiter.brake(now + T) == 0
     assert list(limiter.command) == [0.5, 0.5]
 
 
@@ -846,6 +890,21 @@ def test_reach_bounds_how_far_the_tool_is_from_every_axis():
             moved[i] += step
             speed = np.linalg.norm(tool(None, moved) - tool(None, q)) / step
             assert speed <= limiter.reach[i] + 1e-6
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_link_counts_with_its_whole_length_whichever_way_it_points(axis):
+    along = [0.0, 0.0, 0.0]
+    along[axis] = 0.4
+    level = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    limiter = one(
+        limits_source.MODULES["interpreted"],
+        joints=2,
+        origins=[[*level, 0.0, 0.0, 0.3], [*level, *along]],
+        axes=[[0.0, 0.0, 1.0]] * 2,
+        tip=[0.2, 0.0, 0.0],
+    )
+    assert list(limiter.reach) == pytest.approx([0.6, 0.2], abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ the same, bit for bit

@@ -6,13 +6,14 @@ from dataclasses import replace
 from chatvla_edge.runtime.arbiter import WANT, Act, Decision, Request, State, step
 from chatvla_edge.runtime.assessment import Reason, Watched
 from chatvla_edge.runtime.conditions import TABLE
-from chatvla_edge.runtime.modes import ARMED, MS, Mode, S, Want
+from chatvla_edge.runtime.modes import ARMED, ERRANDS, MS, Mode, S, Want
 from chatvla_edge.runtime.observations import Camera, Child, Device, Observations, Policy, Servo
 
 ROWS = {condition.name: condition for condition in TABLE}
 TURN = 20 * MS
 SERVO_PERIOD = 2 * MS
 STOPS_IN = 200 * MS  # how long the model's arm takes to come to rest
+GOES_IN = 900 * MS  # and from anywhere to a pose
 
 Put = Callable[[Observations, int], Observations]
 
@@ -94,6 +95,7 @@ TROUBLES: dict[str, Put] = {
     "state stale": lambda seen, age: device(1, state_ns=seen.devices[1].state_ns - age)(seen, age),
     "arming refused": servo(arming=2),
     "servo stopped": servo(stopped="the lease had run out"),
+    "parked": servo(want=Want.PARK, posed=True),
     "enable released": whole(enable=False),
     "gave up": policy_process(given_up=True, last_words="out of memory"),
     "not following": device(1, lagging=True),
@@ -146,6 +148,7 @@ class Case:
         remember: dict[str, dict[str, object]] = {
             "operator hold": {"held": excess > 0},
             "operator stop": {"stop_asked": excess > 0},
+            "parked": {"errand": Want.PARK},
             "hold overlong": {"waiting_since_ns": now - allowed - excess},
             "stop overran": {"entered_ns": now - allowed - excess},
             "lease lapsed": {"lease_until_ns": now + 1 - excess},
@@ -155,6 +158,10 @@ class Case:
         }
         if name in remember:
             self.state = replace(self.state, **remember[name])
+        if name == "parked":
+            self.seen = replace(self.seen, servo=replace(self.seen.servo, want=Want.PARK, posed=excess > 0))
+        elif name in remember:
+            pass
         elif name in PERIOD:
             self.seen = TROUBLES[name](self.seen, allowed + excess)
         elif name == "clock stepped":
@@ -181,6 +188,7 @@ class Life:
         self.begun: dict[str, int] = {}
         self.want, self.arming = Want.REST, 0
         self.moved_ns = 0
+        self.sent_ns = 0
         self.stuck = False  # never comes to rest
         self.decision: Decision
         self.turn()
@@ -201,7 +209,8 @@ class Life:
 
     def look(self) -> Observations:
         standing = self.now - self.moved_ns >= STOPS_IN and not self.stuck
-        seen = healthy(self.now, want=self.want, arming=self.arming, standing=standing)
+        posed = self.want in ERRANDS and self.now - self.sent_ns >= GOES_IN
+        seen = healthy(self.now, want=self.want, arming=self.arming, standing=standing or posed, posed=posed)
         for name, onset in self.begun.items():
             seen = TROUBLES[name](seen, self.now - onset)
         return seen
@@ -213,8 +222,10 @@ class Life:
         self.decision = step(self.state, self.look(), requests, self.now)
         self.state = self.decision.state
         order = self.decision.order
+        if order.want is not self.want:
+            self.sent_ns = self.now
         self.want, self.arming = order.want, order.arming
-        if order.want is Want.TRACK:
+        if order.want is Want.TRACK or (order.want in ERRANDS and self.now - self.sent_ns < GOES_IN):
             self.moved_ns = self.now
         return self.decision
 

@@ -3,6 +3,8 @@
 import math
 import time
 
+from chatvla_edge.drivers.protocols import ArmState
+
 
 class LagArm:
     """Starts at ``start`` (rad), follows with time constant ``lag`` (s); ``stop`` freezes it where it is."""
@@ -12,6 +14,13 @@ class LagArm:
         self.wanted = list(start)
         self.lag = lag
         self.then = time.monotonic()
+        self.count = 0
+
+    def open(self, rate):
+        pass
+
+    def close(self):
+        pass
 
     def _move(self):
         now = time.monotonic()
@@ -25,7 +34,8 @@ class LagArm:
 
     def state(self):
         self._move()
-        return self.q, None, None, None, False
+        self.count += 1
+        return ArmState(self.q, time.monotonic_ns(), self.count, target=self.wanted)
 
     def stop(self):
         self._move()

@@ -34,9 +34,12 @@ LEASE_MS = 200
 
 
 class ProcessRig:
-    """Use as a context manager; on leaving, every process is ended."""
+    """Use as a context manager; on leaving, every process is ended.
 
-    def __init__(self, plan, start=None, **device):
+    ``drivers``: one (name in the registry, options) per arm, of real drivers; without it each arm is a `LagArm`.
+    """
+
+    def __init__(self, plan, start=None, drivers=None, **device):
         self.plan = plan
         self.segments = RigSegments.create(plan, telemetry_rows=16384, history_rows=16384)
         self.mode = np.zeros((), MODE)
@@ -51,15 +54,12 @@ class ProcessRig:
         at = 0
         for number, arm in enumerate(plan.arms):
             settings = {"silence": 0.25, "longest_stop": 0.6, "hold": 0.3} | device
-            self.devices.append(
-                start_device(
-                    DevicePlan.of(arm, plan.rate, **settings),
-                    self.segments,
-                    number,
-                    "support.lag_arm:LagArm",
-                    {"start": starts[at : at + arm.axes].tolist()},
-                )
-            )
+            factory, arguments = "support.lag_arm:LagArm", {"start": starts[at : at + arm.axes].tolist()}
+            if drivers is not None:
+                name, options = drivers[number]
+                factory, arguments = "support.opened:Opened", {"name": name, "options": options, "rate": plan.rate}
+            device_plan = DevicePlan.of(arm, plan.rate, **settings)
+            self.devices.append(start_device(device_plan, self.segments, number, factory, arguments))
             at += arm.axes
         self.servo = start_servo(plan, self.segments)
         lease = self.segments.lease.fd

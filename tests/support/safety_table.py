@@ -45,13 +45,14 @@ def clears(row: Condition) -> str:
 
 def markdown() -> str:
     lines = [
-        "| condition | judged | budget | because | reaction | refuses `arm` | motion again |",
-        "|---|---|---|---|---|---|---|",
+        "| condition | judged | of errands | budget | because | reaction | refuses `arm` | motion again |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in reversed(TABLE):
         judged = SEEN.get(row.judged_in) or ", ".join(mode.value for mode in row.judged_in)
         refuses = "yes" if row.blocks_arming else "no"
-        cells = (row.name, judged, budget(row), row.why, DOES[row.reaction], refuses, clears(row))
+        errands = "yes" if row.of_errands else "no"
+        cells = (row.name, judged, errands, budget(row), row.why, DOES[row.reaction], refuses, clears(row))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 fp32 is compared with the reference itself. int8 and int4 are compared with a reference that holds the values of the
 quantized weights: a difference there is a fault of the lowering, whatever quantization costs. MatMulNBits then runs at
 accuracy level 0 (fp32 arithmetic), because at level 4, which the lowering asks for, it rounds activations to int8 as
-well; what that costs has its own test.
+well; what that costs has its own test. Where activations are rounded row by row, the reference rounds them too.
 """
 
 from dataclasses import replace
@@ -14,9 +14,9 @@ import pytest
 import torch
 from support import stages, tiny
 
-from chatvla_edge.export.lower.onnxruntime import PRECISIONS, Target, lower
+from chatvla_edge.export.lower.onnxruntime import Target, lower
 from chatvla_edge.export.model.policy import ChatVLA2
-from chatvla_edge.export.quantize import dequantize, quantize
+from chatvla_edge.export.quantize import PRECISIONS, dequantize, quantize
 from chatvla_edge.export.spec import ExpertsSpec, PolicySpec, VisionSpec
 from chatvla_edge.export.stages.denoise import condition, denoise
 from chatvla_edge.export.stages.language import language
@@ -32,7 +32,18 @@ EXPERTS = {
     "shared through a gate": ExpertsSpec(routed=4, top_k=2, shared=2, shared_width=80, shared_gate=True),
     "static + dynamic": ExpertsSpec(routed=6, top_k=3, static=2),
 }
-QUANTIZED = ["int8", "int4"]
+QUANTIZED = ["int8", "int8-row", "int4", "int4-row"]
+# A value halfway between two codes may go either way, which moves one activation by one step: rarely, but what follows
+# is moved too. Most rows agree to 1e-6; without rounding in the reference, all differ by about 1e-2.
+TOLERANCE = {precision: 3e-3 if "row" in precision else 1e-5 for precision in PRECISIONS}
+MEDIAN_ROW = 5e-3
+PRODUCTS = {
+    "fp32": set(),
+    "int8": {"MatMulNBits"},
+    "int8-row": {"MatMulIntegerToFloat"},
+    "int4": {"MatMulNBits"},
+    "int4-row": {"MatMulNBits", "MatMulIntegerToFloat"},
+}
 
 
 def with_experts(experts) -> PolicySpec:
@@ -46,9 +57,21 @@ def with_experts(experts) -> PolicySpec:
     )
 
 
-def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
-    form = PRECISIONS[precision]
+def form_of(name: str, precision: str):
+    forms = PRECISIONS[precision]
+    return forms.experts if "language.layers" in name and ".mlp." in name else forms.maps
+
+
+def rounded(name: str, weight: torch.Tensor, precision: str) -> torch.Tensor:
+    form = form_of(name, precision)
     return torch.from_numpy(dequantize(quantize(weight.numpy(), form), form, weight.shape[1]))
+
+
+def round_rows(_module, inputs):
+    """Each row to multiples of its largest magnitude / 127."""
+    (x,) = inputs
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (torch.where(step == 0, 0, (x / step).round() * step),)
 
 
 def is_quantized(name: str, tensor: torch.Tensor) -> bool:
@@ -61,16 +84,25 @@ def with_rounded_weights(model: ChatVLA2, precision: str) -> ChatVLA2:
     """The reference with what the engine computes with; a tied embedding keeps fp32, its output head does not."""
     spec = model.spec.model_copy(update={"language": model.spec.language.model_copy(update={"tied": False})})
     state = {
-        name: rounded(value, precision) if is_quantized(name, value) else value
+        name: rounded(name, value, precision) if is_quantized(name, value) else value
         for name, value in model.state_dict().items()
     }
     patch = "backbone.visual.patch_embed.proj.weight"
-    folded = rounded(state[patch].sum(2).reshape(state[patch].shape[0], -1), precision)
+    folded = rounded(patch, state[patch].sum(2).reshape(state[patch].shape[0], -1), precision)
     folded = folded.reshape(*state[patch].shape[:2], 1, *state[patch].shape[3:])
     state[patch] = (folded / 2).expand(state[patch].shape).contiguous()
     out = ChatVLA2(spec).eval().requires_grad_(False)
     out.load_state_dict(state)
+    for name, module in out.named_modules():
+        weight = f"{name}.weight"
+        maps = isinstance(module, torch.nn.Linear) and is_quantized(weight, module.weight)
+        if (maps or weight == patch) and not form_of(weight, precision).block:
+            (module if maps else out.get_submodule(name.rpartition(".")[0])).register_forward_pre_hook(round_rows)
     return out
+
+
+def rms(found, expected) -> float:
+    return float(np.sqrt(np.mean((found - expected) ** 2.0)) / np.sqrt(np.mean(expected**2.0)))
 
 
 def exact(path):
@@ -99,15 +131,22 @@ def test_the_language_stage_is_the_reference_with_these_weights(name, precision,
     model = tiny.model(spec, scale=0.06)
     graph = stages.lowered(language(spec, stages.parameters(model)), spec, precision)
     path = exact(stages.save(graph, tmp_path))
-    assert ("MatMulNBits" in kinds(path)) == (precision in QUANTIZED)
+    assert kinds(path) & {"MatMulNBits", "MatMulIntegerToFloat"} == PRODUCTS[precision]
     reference = stages.Reference(with_rounded_weights(model, precision) if precision in QUANTIZED else model)
     stage = stages.Stage(path, spec, in_place=True)
     prompt = stages.prompt(spec, 21, [(4, 8)])
+    errors: list[float] = []
     for inputs in (prompt.rows(0, 12, sum_stop=12), prompt.rows(12, 20, first_row=2), prompt.rows(20, 21, sum_stop=1)):
-        stages.assert_same_pass(stage(inputs), reference(inputs))
+        found, said = stage(inputs), reference(inputs)
+        if "row" in precision:
+            errors.extend(map(rms, found["hidden"], said["hidden"]))
+        else:
+            stages.assert_same_pass(found, said)
     expected = reference.rows()
     for cached, rows in stage.rows().items():
-        assert stages.relative(rows, expected[cached]) <= 1e-5
+        if "row" not in precision:
+            assert stages.relative(rows, expected[cached]) <= 1e-5
+    assert np.median(errors or [0.0]) <= MEDIAN_ROW
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -116,10 +155,11 @@ def test_the_other_stages_are_the_reference_with_these_weights(precision, tmp_pa
     model = tiny.model(spec, scale=0.06)
     reference = with_rounded_weights(model, precision) if precision in QUANTIZED else model
     weights, head = stages.parameters(model), spec.head
+    ignored = {"MatMulNBits"} if precision == "int4-row" else set()  # of the language stage alone
 
     def run(graph, **feed):
         path = exact(stages.save(stages.lowered(graph, spec, precision), tmp_path))
-        assert ("MatMulNBits" in kinds(path)) == (precision in QUANTIZED)
+        assert kinds(path) & {"MatMulNBits", "MatMulIntegerToFloat"} == PRODUCTS[precision] - ignored
         (out,) = stages.session(path).run(None, feed)
         return out
 
@@ -133,7 +173,7 @@ def test_the_other_stages_are_the_reference_with_these_weights(precision, tmp_pa
     expected = reference.backbone.images(torch.from_numpy(doubled), [stages.GRID] * 2).numpy()
     assert (
         stages.relative(run(vision(spec, weights, stages.GRID), patches=patches).reshape(expected.shape), expected)
-        <= 1e-5
+        <= TOLERANCE[precision]
     )
 
     means, state = draw(2, 1, 192), draw(1, 14)
@@ -143,7 +183,8 @@ def test_the_other_stages_are_the_reference_with_these_weights(precision, tmp_pa
     epsilon = reference.head(x[None], torch.tensor([at.timestep]), conditions)[0]
     feed = {"x": x.numpy(), "modulation": found[3:4], "coefficients": np.array(at.coefficients, np.float32)}
     feed |= {"prefix": np.zeros_like(x), "mask": np.zeros(head.horizon, np.float32)}
-    assert stages.relative(run(denoise(spec, weights), **feed), stages.ddim.step(x, epsilon, at).numpy()) <= 1e-5
+    tolerance = TOLERANCE[precision]
+    assert stages.relative(run(denoise(spec, weights), **feed), stages.ddim.step(x, epsilon, at).numpy()) <= tolerance
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -155,7 +196,8 @@ def test_routers_and_small_maps_keep_their_fp32_weights(precision, tmp_path):
         graph = stages.lowered(stage(spec, weights), spec, precision)
         path = stages.save(graph, tmp_path)
         plain = {node.input[1] for node in nodes(path) if node.op_type == "Gemm"}
-        packed = {node.input[1].removesuffix(".codes") for node in nodes(path) if node.op_type == "MatMulNBits"}
+        products = [node.input[1] for node in nodes(path) if node.op_type in ("MatMulNBits", "MatMulIntegerToFloat")]
+        packed = {name.removesuffix(".codes").removesuffix(".values") for name in products}
         if precision == "fp32":
             assert not packed
             continue
@@ -175,6 +217,19 @@ def test_a_router_over_many_experts_keeps_fp32_too(precision):
     assert not any("router" in name and name.endswith((".codes", ".scales")) for name in graph.weights)
 
 
+@pytest.mark.parametrize("precision", ["int8-row", "int4-row"])
+def test_rows_of_zeros_and_of_any_size_stay_numbers(precision, tmp_path):
+    """A row's scale is its largest magnitude: of a row of zeros that is 0, and 0 / 0 must not come out of it."""
+    spec = with_experts(tiny.DENSE)
+    graph = stages.lowered(vision(spec, stages.parameters(tiny.model(spec)), stages.GRID), spec, precision)
+    session = stages.session(stages.save(graph, tmp_path))
+    patches = np.random.default_rng(0).normal(0, 1, (1, 24, 588)).astype(np.float32)
+    patches[0, :20] *= np.logspace(-38, 30, 20, dtype=np.float32)[:, None]
+    patches[0, 20:22] = 0
+    (found,) = session.run(None, {"patches": patches})
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_lowered_file_needs_nothing_of_ours(stage, precision, tmp_path):
@@ -186,7 +241,16 @@ def test_a_lowered_file_needs_nothing_of_ours(stage, precision, tmp_path):
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
     assert {entry.domain for entry in model.opset_import} <= {"", "com.microsoft"}
     # QMoE rows depend on each other; MRotaryEmbedding is missing from the ONNX Runtime of Python 3.10.
-    assert not kinds(path) & {"QMoE", "MoE", "MRotaryEmbedding", "TopKMoE", "MRopeQuery", "CachedAttention"}
+    # One scale for all rows of DynamicQuantizeMatMul.
+    assert not kinds(path) & {
+        "DynamicQuantizeMatMul",
+        "QMoE",
+        "MoE",
+        "MRotaryEmbedding",
+        "TopKMoE",
+        "MRopeQuery",
+        "CachedAttention",
+    }
     onnx.checker.check_model(str(path), full_check=True)
 
 
@@ -211,7 +275,7 @@ def test_every_initializer_of_a_lowered_file_is_used(tmp_path):
 def test_a_precision_that_the_target_lacks_is_refused(precision):
     spec = tiny.policy()
     graph = denoise(spec, stages.parameters(tiny.model(spec)))
-    with pytest.raises(ValueError, match="expected one of fp32, int8, int4"):
+    with pytest.raises(ValueError, match="expected one of fp32, int8, int8-row, int4"):
         lower(graph, spec, Target(precision, 8))
 
 

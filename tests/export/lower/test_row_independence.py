@@ -9,17 +9,19 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import stages, tiny
 
-from chatvla_edge.export.lower.onnxruntime import PRECISIONS
 from chatvla_edge.export.model.policy import ChatVLA2
+from chatvla_edge.export.quantize import PRECISIONS
 from chatvla_edge.export.spec import ExpertsSpec
+from chatvla_edge.export.stages.graph import Graph
 from chatvla_edge.export.stages.language import language
-from chatvla_edge.export.stages.weights import Parameters
+from chatvla_edge.export.stages.weights import Parameters, linear
 
 ROWS = 46
 EXPERTS = {
@@ -126,6 +128,25 @@ def test_more_threads_change_no_bit(spec, prompt, tmp_path):
         one, three = (even(stages.Stage(path, spec, in_place=True, threads=count), prompt) for count in (1, 3))
         for name, value in one.items():
             np.testing.assert_array_equal(three[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_integer_products_need_no_even_rows(threads, tmp_path):
+    """int32 sums are exact: any number of rows gives the same bits, one row included."""
+    spec = tiny.policy()
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.normal(0, 0.1, (200, 300)).astype(np.float32))
+    graph = Graph("map")
+    x = graph.input("x", onnx.TensorProto.FLOAT, ("T", 300))
+    y = linear(graph, Parameters(lambda _name: weight), x, "map", 200, 300, bias=False)
+    graph.output(y, "y", onnx.TensorProto.FLOAT, ("T", 200))
+    session = stages.session(stages.save(stages.lowered(graph, spec, "int8-row"), tmp_path), threads)
+    rows = rng.normal(0, 1, (37, 300)).astype(np.float32) * np.logspace(-3, 3, 37, dtype=np.float32)[:, None]
+    (whole,) = session.run(None, {"x": rows})
+    for count in (1, 2, 3, 5, 16, 17, 36):
+        for start in (0, 1, 37 - count):
+            (part,) = session.run(None, {"x": rows[start : start + count]})
+            np.testing.assert_array_equal(part, whole[start : start + count])
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Arms, each through its vendor's own library."""

@@ -1,0 +1,1 @@
+"""Grippers that are devices of their own."""

@@ -1,0 +1,1 @@
+"""Rigs that come along: one YAML file each."""

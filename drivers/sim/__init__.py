@@ -1,0 +1,1 @@
+"""Simulated worlds behind simulated cameras and arms: numpy only, no clocks, no threads."""
