@@ -75,9 +75,10 @@ def maps_graph(language: LanguageSpec, parameters: Parameters) -> Graph:
 
 
 def write(graph: Graph, spec: PolicySpec, precision: str, folder: Path) -> Path:
-    """Lower and write one graph; the path of its file."""
+    """Lower and write one graph, unless an earlier call did; the path of its file."""
     path = folder / f"{graph.name}_{precision}.onnx"
-    lower(graph, spec, Target(precision, capacity=2)).save(path)
+    if not path.is_file():
+        lower(graph, spec, Target(precision, capacity=2)).save(path)
     return path
 
 
@@ -120,9 +121,10 @@ def visited_bytes(language: LanguageSpec, precision: str) -> float:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Budget and threads."""
+    """Budget, threads, and where to keep what takes a minute to make."""
     parser.add_argument("--seconds", type=float, help="for each candidate of a comparison; default: 4, quick: 0.5")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the engines' files for the next run")
 
 
 class _Layer:
@@ -213,8 +215,10 @@ def run(options: Namespace) -> Report:
     nbytes = 1 << 26 if options.quick else beyond_caches()
     report = Report(title=f"One layer of routed experts: hidden 1536, {width} wide, 8 experts, top-2")
     too_small = f"--quick takes experts {width} wide, which caches hold" if options.quick else None
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        layer = _Layer(width, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        folder = Path(options.work or temporary) / str(width)
+        folder.mkdir(parents=True, exist_ok=True)
+        layer = _Layer(width, folder)
         for threads in options.threads:
             torch.set_num_threads(threads)
             _one(report, layer, threads, seconds, nbytes, too_small)

@@ -27,6 +27,7 @@ OURS: dict[Role, dict[str, str]] = {
         "mujoco": "sim.mujoco_world:MujocoCamera",
         "recording": "cameras.recording:Recording",
         "sim_camera": "sim.camera:SimCamera",
+        "tabletop": "sim.tabletop_world:TabletopCamera",
         "uvc": "cameras.uvc:Uvc",
         "zed": "cameras.zed:Zed",
         "zed_uvc": "cameras.zed:ZedUvc",
@@ -39,6 +40,7 @@ OURS: dict[Role, dict[str, str]] = {
         "robotiq_2f85": "grippers.robotiq:Robotiq",
         "sim_arm": "sim.arm:SimArm",
         "sim_gripper": "sim.arm:SimGripper",
+        "tabletop": "sim.tabletop_world:TabletopArm",
     },
     "enable": {
         "gpio": "enable.gpio:Gpio",

@@ -225,11 +225,22 @@ def _dtype(precision: str) -> Any:
 
 
 @app.command("demo")
-def demo() -> None:
-    """Write, inspect, upcycle and ask a small checkpoint: the tour of what stands, in seconds."""
-    from chatvla_edge.export.demo import run
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where bundle, log and report go; kept afterwards.")] = Path("demo"),
+    seconds: Annotated[float, typer.Option(help="How long the rig runs.", min=2)] = 20.0,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="The tour of the PyTorch reference instead: no robot, seconds.")
+    ] = False,
+) -> None:
+    """Export a checkpoint, drive a simulated rig with it, and write the session's report."""
+    if reference:
+        from chatvla_edge.export.demo import run as tour
 
-    run(console)
+        tour(console)
+        return
+    from chatvla_edge.export.robot_demo import run
+
+    run(console, folder, seconds)
 
 
 @app.command("export")

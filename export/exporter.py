@@ -229,7 +229,7 @@ def _probes(
         return tensor
 
     held = streamed(checkpoint.spec, read, rounding(planned.form))
-    model = streamed(checkpoint.spec, read) if planned.form.rounds else held
+    model = streamed(checkpoint.spec, read) if planned.form.quantizes else held
     for (index, key), draft in zip(todo.items(), drafts, strict=True):
         given = (prompt, preprocessing, normalization, seen[index], settings.max_reasoning)
         outputs = {"lowering_parity": reference(held, *given, draft)}

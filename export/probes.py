@@ -74,7 +74,7 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> NDArray[np.ui
 
 def dequantized(model: ChatVLA2, precision: Precision) -> ChatVLA2:
     """The model over the weights that a bundle of this precision holds, all in memory; fp32 gives the model itself."""
-    if not precision.rounds:
+    if not precision.quantizes:
         return model
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     return streamed(model.spec, tensors.__getitem__, rounding(precision), held=sys.maxsize)

@@ -72,8 +72,8 @@ class Precision:
     maps: BlockFormat | None
 
     @property
-    def rounds(self) -> bool:
-        """Whether any map is held in less than fp32."""
+    def quantizes(self) -> bool:
+        """Whether any map is not fp32."""
         return self.experts is not None or self.maps is not None
 
     def form(self, name: str, shape: tuple[int, ...]) -> BlockFormat | None:

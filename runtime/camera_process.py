@@ -45,8 +45,11 @@ from chatvla_edge.drivers.errors import (
     MissingLibraryError,
 )
 from chatvla_edge.drivers.protocols import Camera, CameraHealth, Frame
+from chatvla_edge.drivers.rig import Native
 from chatvla_edge.runtime import realtime
+from chatvla_edge.runtime.bundle import Resize
 from chatvla_edge.runtime.camera_frames import CameraSegments, FrameWriter
+from chatvla_edge.runtime.preprocessing import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ BACKOFF = (0.2, 0.5, 1.0, 2.0, 4.0)
 GOOD_SECONDS = 10.0  # of streaming, after which earlier failures are forgotten
 OPENING = 45.0  # s: `open` may take 10, and may reset the device before it
 HANG = 3.0  # s: `read` waits for 0.1
-LEAVE = 2.0  # s for `close`
+LEAVE = 1.0  # s for `close`
 FROZEN_INTERPRETER = 10  # s
 GAVE_UP, NO_USE, HUNG = 1, 3, 4  # exit codes
 
@@ -73,6 +76,7 @@ def start_camera(
     options: dict[str, Any],
     rate: float,
     *,
+    native: Native | None = None,
     frozen_s: float | None = 1.0,
     priority: int | None = None,
     cpus: Sequence[int] | None = None,
@@ -81,9 +85,11 @@ def start_camera(
 ) -> "subprocess.Popen[bytes]":
     """The process of one camera.
 
-    ``driver``: a name of the registry's cameras, or ``module:class``. ``frozen_s``: how long pictures may be equal bit
-    by bit, None for a source that may show the same for ever. ``priority``: of SCHED_FIFO, None leaves the scheduler
-    alone. ``cpus``: None for any. ``python``: another interpreter with this package, where a vendor's SDK needs it.
+    ``driver``: a name of the registry's cameras, or ``module:class``. ``native``: what the device delivers, where that
+    is not the size of the slot; each frame is then scaled before it is published. ``frozen_s``: how long pictures may
+    be equal bit by bit, None for a source that may show the same for ever. ``priority``: of SCHED_FIFO, None leaves the
+    scheduler alone. ``cpus``: None for any. ``python``: another interpreter with this package, where a vendor's SDK
+    needs it.
     """
     fds = (segments.frame.fd, segments.status.fd)
     spec = {
@@ -92,6 +98,7 @@ def start_camera(
         "options": options,
         "height": segments.height,
         "width": segments.width,
+        "native": None if native is None else native.model_dump(),
         "rate": rate,
         "frozen_s": frozen_s,
         "fds": fds,
@@ -133,6 +140,12 @@ class Capture:
         frame_fd, status_fd = spec["fds"]
         self._writer = FrameWriter(frame_fd, status_fd, spec["height"], spec["width"])
         self._frozen_s: float | None = spec["frozen_s"]
+        self._size = spec["height"], spec["width"]  # what the driver is asked for
+        self._scaled: Pipeline | None = None
+        if (native := spec["native"]) is not None:
+            self._size = native["height"], native["width"]
+            step = Resize(step="resize", height=spec["height"], width=spec["width"], filter=native["filter"])
+            self._scaled = Pipeline([step], height=native["height"], width=native["width"], patches=False)
         period = 1 / spec["rate"]
         self._silent = max(SILENT, SILENT_PERIODS * period)
         self._lost = max(LOST, LOST_PERIODS * period)
@@ -188,7 +201,7 @@ class Capture:
         self._identical = 0
         self._tell("opening")
         try:
-            self._called("open", self._camera.open, spec["height"], spec["width"], spec["rate"])
+            self._called("open", self._camera.open, *self._size, spec["rate"])
             self._opened += 1
             last = time.monotonic()
             while not self._leave.is_set():
@@ -220,6 +233,8 @@ class Capture:
 
     def _publish(self, frame: Frame) -> None:
         image, sequence = frame.image, frame.sequence
+        if self._scaled is not None:
+            image = self._scaled.picture(image)
         differs = self._writer.publish(image, frame.captured_ns, frame.received_ns, sequence, frame.clock)
         self._frames += 1
         self._identical = 0 if differs else self._identical + 1

@@ -42,6 +42,8 @@ cdef class DeviceGate:
     cdef bint started
     cdef uint64_t barred           # armings up to this one are over for this device
     cdef int64_t forbidden_ns      # host time since when no motion is allowed, 0 while it is
+    cdef int64_t answered_ns       # host time of the arm's newest answer, 0 before the first
+    cdef bint lost                 # it did not answer while it was commanded, and has not been found again
     cdef int64_t held_ns           # host time since when the arm stands and is held
     cdef uint64_t doing
     cdef uint64_t faults
@@ -57,6 +59,7 @@ cdef class DeviceGate:
     cdef bint _fits(self, const CommandRecord *command, int64_t now_ns) noexcept nogil
     cdef void _brake(self, uint64_t fault) noexcept nogil
     cdef bint _braked(self) noexcept nogil
+    cdef void _stay(self, int64_t now_ns) noexcept nogil
 
 cdef class DeviceLoop:
     cdef readonly DeviceGate gate

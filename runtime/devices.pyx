@@ -10,6 +10,8 @@ What is enforced here is enforced natively, before the driver is asked anything,
   limits; then this process brakes by itself, holds, and after ``hold`` takes the stop action;
 - a servo that is silent for ``silence``, or sends what no servo sends, is not waited for: this process brakes from the
   last good command at once, with the acceleration and jerk of the limits, and holds;
+- an arm that does not answer for as long is braked likewise; when it answers again it is held where it is found, not
+  sent to where commands that it never heard would have brought it;
 - all of this stays until the next arming. On its own a device only ever reduces.
 
 A driver that raises counts as a fault of the arm: its stop action is tried, and the servo, which reads the fault in the
@@ -31,7 +33,7 @@ from chatvla_edge.runtime.pages cimport c_lease_valid, c_stop_raised
 from chatvla_edge.runtime.realtime cimport c_now_ns, c_sleep_until_ns
 from chatvla_edge.runtime.servo_records cimport (
     DEVICE_BRAKING, DEVICE_FOLLOWING, DEVICE_HOLDING, DEVICE_IDLE, DEVICE_STOPPED, FAULT_ARM, FAULT_COMMAND,
-    FAULT_DRIVER, FAULT_ESTOP, FAULT_LEASE, FAULT_SILENCE, WORDS,
+    FAULT_DRIVER, FAULT_ESTOP, FAULT_LEASE, FAULT_SILENCE, FAULT_UNANSWERED, WORDS,
 )
 from chatvla_edge.runtime.slots cimport CELL_NEW, c_publish, c_read_latest, load_relaxed, store_relaxed
 
@@ -95,6 +97,7 @@ cdef class DeviceGate:
             ):
                 self.barred = self.command.arming - 1
                 self.faults = 0
+                self.lost = False
                 memset(self.state.words, 0, WORDS)
                 self.state.arming = self.command.arming
                 if self._fits(&self.command, now_ns):
@@ -112,6 +115,14 @@ cdef class DeviceGate:
                 self._brake(1 << FAULT_SILENCE)
             elif self.forbidden_ns and now_ns - self.forbidden_ns >= self.longest_stop_ns:
                 self._brake(1 << FAULT_ESTOP if estop else 1 << FAULT_LEASE)
+            elif self.answered_ns and now_ns - self.answered_ns > self.silence_ns:
+                self._brake(1 << FAULT_UNANSWERED)
+        if self.doing == DEVICE_BRAKING or self.doing == DEVICE_HOLDING:
+            if self.answered_ns and now_ns - self.answered_ns > self.silence_ns:
+                self.lost = True
+                self.faults |= 1 << FAULT_UNANSWERED
+            elif self.lost:
+                self._stay(now_ns)
         # A command taken in this cycle is this cycle's step; a step of the stop on top of it would be two.
         if self.doing == DEVICE_BRAKING and not moved and self._braked():
             self.doing = DEVICE_HOLDING
@@ -192,6 +203,18 @@ cdef class DeviceGate:
             ):
                 for k in range(14):
                     self.stops[i * 14 + k] = 0  # none found: stands from here
+
+    cdef void _stay(self, int64_t now_ns) noexcept nogil:
+        """The arm answers again. What it was sent meanwhile may never have arrived: it is held where it is found."""
+        cdef Py_ssize_t i
+        self.lost = False
+        self.doing = DEVICE_HOLDING
+        self.held_ns = now_ns
+        for i in range(self.axes):
+            if isfinite(self.state.q[i]):
+                self.target[i] = min(max(self.state.q[i], self.lower[i]), self.upper[i])
+            self.speed[i] = 0
+            self.acceleration[i] = 0
 
     cdef bint _braked(self) noexcept nogil:
         """One period of that stop; True once every axis has come to rest."""
@@ -325,7 +348,7 @@ cdef class DeviceLoop:
                 state.dq[i] = NAN if velocity is None else velocity[i]
                 state.effort[i] = NAN if effort is None else effort[i]
                 state.target[i] = NAN if target is None else target[i]
-            self.captured_ns = found.captured_ns
+            self.captured_ns = gate.answered_ns = found.captured_ns
             fault = found.fault
             state.faulty = False
         except Exception as error:

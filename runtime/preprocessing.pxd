@@ -86,6 +86,7 @@ cdef class Pipeline:
     cdef int32_t last_height
     cdef int32_t last_width
     cdef bint busy
+    cdef bint for_patches
 
     cdef int begin(self, frame, View *view) except -1
     cdef int check_out(self, out) except -1

@@ -13,7 +13,13 @@ def normalised_grey_levels() -> NDArray[np.float32]: ...
 
 class Pipeline:
     def __init__(
-        self, steps: Iterable[Any], *, height: int, width: int, kernels: Literal["auto", "plain"] = "auto"
+        self,
+        steps: Iterable[Any],
+        *,
+        height: int,
+        width: int,
+        kernels: Literal["auto", "plain"] = "auto",
+        patches: bool = True,
     ) -> None: ...
     @property
     def grid(self) -> tuple[int, int]: ...

@@ -50,6 +50,7 @@ cdef class Pipeline:
     steps    objects with the fields of a manifest's steps: `step` and, by its value, `quality` and `swapped`, `ratio`,
              `about`, or `height`, `width` and `filter`
     kernels  "auto", or "plain" to do without the processor's wide instructions: the same numbers, slower
+    patches  False for a pipeline that only makes pictures, of any size
 
     Raises ValueError when the steps cannot be done on such frames or do not end in a picture to be cut into patches.
 
@@ -64,7 +65,7 @@ cdef class Pipeline:
     def __dealloc__(self):
         free(self.operations)
 
-    def __init__(self, steps, *, int height, int width, str kernels = "auto"):
+    def __init__(self, steps, *, int height, int width, str kernels = "auto", bint patches = True):
         if kernels not in ("auto", "plain"):
             raise ValueError(f"kernels {kernels!r}; expected 'auto' or 'plain'")
         if height < 1 or width < 1:
@@ -80,7 +81,8 @@ cdef class Pipeline:
                 height, width = self.compile(step, height, width)
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"preprocessing step {number}: {error}") from error
-        if height % (SIDE * MERGE) or width % (SIDE * MERGE):
+        self.for_patches = patches
+        if patches and (height % (SIDE * MERGE) or width % (SIDE * MERGE)):
             raise ValueError(
                 f"the preprocessing leaves {height} x {width} pixels, which cannot be cut into merged patches: both "
                 f"sides must be multiples of {SIDE * MERGE}; end it with a resize to such a size"
@@ -154,6 +156,8 @@ cdef class Pipeline:
         return 0
 
     cdef int check_out(self, out) except -1:
+        if not self.for_patches:
+            raise ValueError("a pipeline that was made with patches=False makes pictures only; call picture()")
         if (
             not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.ndim != 2
             or out.shape[0] != self.n_patches or out.shape[1] not in (FOLDED, UNFOLDED)

@@ -75,6 +75,7 @@ cdef enum DeviceFault:
     FAULT_COMMAND      # a command that is not finite, of another arm's size, or further than a step away
     FAULT_DRIVER       # the driver raised
     FAULT_ARM          # the driver reports a fault of the arm
+    FAULT_UNANSWERED   # the arm has not answered for as long as a silent servo is waited for
     DEVICE_FAULT_COUNT
 
 cdef struct ModeRecord:

@@ -40,7 +40,7 @@ REASONS = (
     "park",
 )
 DEVICE_DOING = ("idle", "following", "braking", "holding", "stopped")
-DEVICE_FAULTS = ("silence", "lease", "estop", "command", "driver", "arm")
+DEVICE_FAULTS = ("silence", "lease", "estop", "command", "driver", "arm", "unanswered")
 
 # Bits that end only with the next arming: after a fault nothing moves by itself.
 LATCHING = (

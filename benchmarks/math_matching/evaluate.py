@@ -141,8 +141,8 @@ def same_text(base: Sequence[Trial], other: Sequence[Trial]) -> float:
 
 
 GATES = {"int8": (0.01, 0.98), "int4-row": (0.03, 0.80), "experts int4": (0.03, 0.80)}
-"""Success lost at most, texts kept at least, against fp32 on the same trials. `int4` holds the whole model in 4 bits and
-is shown without a gate: what is asked of 4 bits is asked of the experts."""
+"""Success lost at most, texts kept at least, against fp32 on the same trials. `int4` holds the whole model in 4 bits
+and is shown without a gate: what is asked of 4 bits is asked of the experts."""
 _STRICTEST = (0.03, 0.80)
 
 

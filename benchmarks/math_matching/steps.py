@@ -10,6 +10,7 @@ join       both projectors and the head over the reasoning vectors of the frozen
 The `head` needs neither and can run beside them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +208,21 @@ def write_texts(data: Moments, prompt: Prompt) -> Texts:
     return Texts(ids, torch.tensor([len(row) for row in rows]), spot)
 
 
+def _picks(numbers: Sequence[int], order: Sequence[int], known: int) -> list[tuple[str, bool]]:
+    """The sentence about the cards and a pick of each; the first `known` of the picked numbers can be known."""
+    pieces = [(f" {texts.there_are(numbers)}", False)]
+    for turn, place in enumerate(order):
+        pieces += [
+            (" I should pick", False),
+            (" ", turn < known),
+            (str(numbers[place]), turn < known),
+            (" from", False),
+            (f" {PLACES[place]}", True),
+            (".", False),
+        ]
+    return pieces
+
+
 class _Places(_Probes):
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -253,48 +269,43 @@ class Language:
         return torch.cat([prompt, words, rest], dim=1)
 
     def _sentence(self, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-        """A sentence without an image: ids and which of them can be known from what stands before."""
+        """Sentences without an image: ids and which of them can be known from what stands before.
+
+        An equation (any: what held-out ones make is known from here alone), cards, and picks, the first of them of
+        what stands behind the equals sign, right or wrong; then other cards and picks of them.
+        """
         equation = self.all[rng.integers(len(self.all))]
-        numbers = rng.choice(self.world.highest + 1, 3, replace=False).tolist()
-        place = int(rng.integers(3))
-        true = rng.random() < 0.5
-        if true and equation.answer not in numbers:
-            numbers[place] = equation.answer
-        place = numbers.index(equation.answer) if true else place
-        result = numbers[place]
+        true = bool(rng.random() < 0.5)
+        numbers, order = self._cards(rng)
+        if true:
+            if equation.answer not in numbers:
+                numbers[order[0]] = equation.answer
+            first = numbers.index(equation.answer)
+            order = [first, *(index for index in order if index != first)]
         pieces: list[tuple[str, bool]] = [
             (f"On the whiteboard is {equation}. {equation}=", False),
-            (str(result), true),
-            (f". {texts.there_are(numbers)} I should pick", False),
+            (str(numbers[order[0]]), true),
+            (".", False),
         ]
-        others = [index for index in range(3) if index != place]
-        rng.shuffle(others)
-        for turn, index in enumerate([place, *others]):
-            if turn:
-                pieces.append((" I should pick", False))
-            pieces += [
-                (" ", turn == 0),
-                (str(numbers[index]), turn == 0),
-                (" from", False),
-                (f" {PLACES[index]}", True),
-                (".", False),
-            ]
+        pieces += _picks(numbers, order, known=1)
         ids: list[int] = []
         known: list[bool] = []
+        while True:
+            new = [
+                (token, knowable)
+                for text, knowable in pieces
+                for token in self.prompt.tokenizer.encode(text, add_special_tokens=False).ids
+            ]
+            if len(ids) + len(new) > self.count:
+                return ids, known
+            ids += [token for token, _ in new]
+            known += [knowable for _, knowable in new]
+            pieces = _picks(*self._cards(rng), known=0)
 
-        def add(text: str, knowable: bool) -> None:
-            new = self.prompt.tokenizer.encode(text, add_special_tokens=False).ids
-            ids.extend(new)
-            known.extend([knowable] * len(new))
-
-        for text, knowable in pieces:
-            add(text, knowable)
-        while len(ids) < self.count - 12:
-            fact = self.all[rng.integers(len(self.all))]
-            add(f" {fact}=", False)
-            add(str(fact.answer), True)
-            add(".", False)
-        return ids[: self.count], known[: self.count]
+    def _cards(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Three numbers, and an order to pick them in."""
+        numbers = rng.choice(self.world.highest + 1, 3, replace=False).tolist()
+        return numbers, rng.permutation(3).tolist()
 
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Next-token cross entropy (10 tokens of a text are news) and positions in units of SCALE."""

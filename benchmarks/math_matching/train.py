@@ -83,7 +83,7 @@ def _run(name: str, world: World, options: argparse.Namespace, steps: int, log: 
     else:
         _load(world.model, trainer.averaged(work, "vision"))
         world.model.backbone.visual.requires_grad_(False)
-        language = Language(world, 28, 12, work / "features.pt", compiled)
+        language = Language(world, 16, 20, work / "features.pt", compiled)
         if name == "language":
             trainer.run(language, steps, work, log, options.judge_every)
             return

@@ -312,3 +312,20 @@ def picture(status: dict[str, Any]) -> Group:
     facts.add_row("instruction", Text(status["instruction"] or "none: give one with `instruct`"))
     facts.add_row("reasoning", Text(policy["text"]))
     return Group(*lines, streams, facts)
+
+
+# --------------------------------------------------------------------------------------------------------- afterwards
+
+
+@app.command("report")
+def report(
+    session: Annotated[Path, typer.Argument(help="A session's folder, or one .mcap file.", exists=True)],
+    output: Annotated[Path | None, typer.Option("-o", help="Where to. Default: report.html beside the log.")] = None,
+) -> None:
+    """Write one self-contained HTML page of a session."""
+    from chatvla_edge.runtime.daemon import report as pages
+
+    folder = session if session.is_dir() else session.parent
+    place = output or folder / "report.html"
+    pages.write(session, place)
+    console.print(f"{place}: {place.stat().st_size / 1e6:.1f} MB", highlight=False)

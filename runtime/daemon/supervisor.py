@@ -175,6 +175,7 @@ class Supervisor:
             camera.driver,
             camera.options,
             camera.rate,
+            native=camera.native,
             cpus=self.rig.cores.cameras or None,
             python=camera.python,
             stderr=log,

@@ -102,7 +102,7 @@ def test_truncated_geometry(tmp_path):
 
 
 def test_the_demo_runs_and_says_what_was_not_real():
-    out = call("demo")
+    out = call("demo", "--reference")
     assert out.exit_code == 0, out.output
     assert "same tokens: True" in out.stdout
     assert "the weights are random" in " ".join(out.stdout.split())

@@ -321,3 +321,29 @@ def test_history_keeps_every_state():
     rows = np.zeros(64, STATE)
     assert bench.segments.histories[0].last(rows) == 64
     assert (np.diff(rows["tick"]) == 1).all()
+
+
+def test_an_arm_that_answers_again_is_held_where_it_is_found():
+    bench = Bench()
+    bench.follow()
+    # The bus is dead: nothing reaches the arm, and its last answer grows old.
+    found, then = bench.driver.q.copy(), bench.now
+    bench.driver.clock = lambda: then
+    bench.driver.command = lambda position: bench.driver.told.append(position.copy())
+    q, v = bench.record["q"][:AXES].copy(), bench.record["dq"][:AXES].copy()
+    for _ in range(300):
+        q += v * PERIOD * 1e-9
+        bench.send(q=q, ddq=0)
+        bench.cycle()
+    assert bench.faults == {"unanswered"}
+    assert bench.doing == "holding"
+    # Stopped within limits from its last command, for the sake of an arm that hears and cannot speak.
+    assert (bench.driver.told[-1] > found + 0.04).all()
+    assert bench.violations() == {}
+    # It answers again. One command may have gone out before that is known; none after it leads away from there.
+    bench.driver.clock = lambda: bench.now
+    bench.cycle()
+    for _ in range(20):
+        bench.cycle()
+        np.testing.assert_array_equal(bench.driver.told[-1], found)
+    assert bench.doing == "holding"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from chatvla_edge.runtime import jpeg as codec
 from chatvla_edge.runtime import taps
+from chatvla_edge.runtime.bundle import Resize
 from chatvla_edge.runtime.preprocessing import FOLDED, UNFOLDED, Pipeline, normalised_grey_levels
 
 CAMERAS = [(480, 640), (270, 480), (376, 672), (720, 1280), (1080, 1920), (240, 320)]
@@ -436,3 +437,15 @@ def test_opencvs_two_taps_stay_inside_the_picture_and_add_up_to_2048(size, wante
 def test_grey_levels_are_normalised_as_the_reference_does(reference):
     scaled = (np.arange(256)[:, None] * np.ones(3) * (1 / 255)).astype(np.float32)
     np.testing.assert_array_equal(normalised_grey_levels(), ((scaled - reference.MEAN) / reference.STD).T)
+
+
+def test_a_pipeline_for_pictures_ends_in_any_size_and_makes_no_patches():
+    cv2 = pytest.importorskip("cv2")
+    frame = np.random.default_rng(5).integers(0, 256, (720, 1280, 3), np.uint8)
+    step = Resize(step="resize", height=270, width=480, filter="bilinear_cv2")
+    pipeline = Pipeline([step], height=720, width=1280, patches=False)
+    np.testing.assert_array_equal(pipeline.picture(frame), cv2.resize(frame, (480, 270)))
+    with pytest.raises(ValueError, match="makes pictures only"):
+        pipeline.run(frame, np.empty((4, 588), np.float32))
+    with pytest.raises(ValueError, match="cannot be cut into merged patches"):
+        Pipeline([step], height=720, width=1280)
