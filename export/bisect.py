@@ -211,7 +211,8 @@ class _Taken:
         self.taps = []
         for name in maps:
             value = self._reader(f"{name}.weight").output[0]
-            added = [node for node in self.nodes if node.op_type == "Add" and {value, f"{name}.bias"} <= {*node.input}]
+            # By the bias alone: between an integer product and its bias stand the scales of the rows.
+            added = [node for node in self.nodes if node.op_type == "Add" and f"{name}.bias" in node.input]
             self.taps.append(added[0].output[0] if added else value)
         self._show(self.taps)
 

@@ -29,7 +29,7 @@ from chatvla_edge.export.model.prompt import SYSTEM
 from chatvla_edge.export.probes import INSTRUCTION, observation, probe_file, reference, rounding, scenes
 from chatvla_edge.export.quantize import Precision
 from chatvla_edge.export.robots import Robot
-from chatvla_edge.export.spec import HeadSpec, PolicySpec
+from chatvla_edge.export.spec import HeadSpec
 from chatvla_edge.export.stages.denoise import condition, denoise
 from chatvla_edge.export.stages.graph import Graph, Port
 from chatvla_edge.export.stages.language import language
@@ -48,7 +48,7 @@ INSTRUCTION_LENGTHS = 4
 MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 
-LOWERINGS: dict[str, Callable[[Graph, PolicySpec, cpu.Target], Graph]] = {"cpu": cpu.lower, "cuda": cuda.lower}
+LOWERINGS = {"cpu": cpu, "cuda": cuda}
 
 Progress = Callable[[str, int], None]
 """Stage (or READING: the checkpoint, REFERENCE: weights that it multiplied with), bytes of it done just now."""
@@ -114,8 +114,8 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         condition(spec, parameters),
         denoise(spec, parameters),
     ]
-    lower = LOWERINGS[settings.target]
-    return Plan(tuple(lower(graph, spec, target) for graph in graphs), capacity, target.form)
+    lowering = LOWERINGS[settings.target]
+    return Plan(tuple(lowering.lower(graph, spec, target) for graph in graphs), capacity, target.form)
 
 
 def export(
