@@ -371,6 +371,11 @@ class Supervisor:
         """Put a request to the arbiter now, and say what it says."""
         decision = self._decide((request,))
         (reply,) = decision.replies
+        if request.act is Act.CLEAR and reply.accepted:
+            # What the arms themselves have latched (a reflex, a motor's fault) ends on the operator's word only, too.
+            for name, child in self.children.items():
+                if name.startswith("device ") and child.process is not None and child.process.poll() is None:
+                    child.process.send_signal(processes.CLEAR)
         return {"ok": reply.accepted, "text": reply.text, "reasons": reply.sentences()[1:], "mode": self.mode}
 
     @property
