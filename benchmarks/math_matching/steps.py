@@ -34,6 +34,7 @@ from chatvla_edge.export.model.scaledp import Block, FinalLayer
 GRID = (8, 12)
 CELLS = GRID[0] * GRID[1] // 4
 NOT_YET_CARRIED = 0.06  # m: a held card below this is still among the others
+LIFTED_SHARE = 0.12  # of a batch are such moments, beside those that come by chance
 SCALE = 0.1  # m: positions are regressed in these
 
 
@@ -332,9 +333,9 @@ class Language:
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Next-token cross entropy (10 tokens of a text are news) and positions in units of SCALE."""
         index = rng.integers(len(self.texts.ids), size=self.batch)
-        # A card just lifted looks nearly like one that lies there, and is rare: two in five are such.
+        # A card just lifted looks nearly like one that lies there, and is rare.
         rare = self.lifted[rng.integers(len(self.lifted), size=self.batch)]
-        pick = torch.from_numpy(np.where(rng.random(self.batch) < 0.4, rare, index))
+        pick = torch.from_numpy(np.where(rng.random(self.batch) < LIFTED_SHARE, rare, index))
         ids = self.texts.ids[pick]
         seen = self._embedded(self.features[pick].float(), ids)
         lines = [self._sentence(rng) for _ in range(self.sentences)]
