@@ -62,7 +62,9 @@ FAULTS = [
     Fault("camera stopped", signalled("camera_top", STOP), signalled("camera_top", CONT), ("HOLD",), 1.0, True),
     Fault("policy killed", signalled("policy", KILL), nothing, ("HOLD",), 1.0, True, "policy died"),
     Fault("policy stopped", signalled("policy", STOP), signalled("policy", CONT), ("HOLD",), 3.0, True, "chunk stale"),
-    Fault("arm silent", device("left", "silent"), well("left"), ("SOFT_STOP", "FAULT"), 1.0, False, "state stale", 0.01),
+    Fault(
+        "arm silent", device("left", "silent"), well("left"), ("SOFT_STOP", "FAULT"), 1.0, False, "state stale", 0.01
+    ),
     Fault("arm says nan", device("right", "nan"), well("right"), ("SOFT_STOP", "DISARMED", "FAULT"), 1.0, False),
     Fault("arm reports a fault", device("left", "fault"), well("left"), ("FAULT",), 1.0, False, "device fault (left)"),
     Fault("driver raises", device("right", "error"), well("right"), ("FAULT",), 1.0, False, "(right)"),
