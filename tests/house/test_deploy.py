@@ -1,4 +1,4 @@
-"""What is installed beside the daemon, held against the code: times and rights of the unit, udev rules, CAN, commands."""
+"""What is installed beside the daemon, held against the code: the unit, udev rules, CAN; and commands in documents."""
 
 import configparser
 import os
