@@ -1,7 +1,7 @@
 """The loop of a device's process: the newest command to the vendor library at the device's own pace, the state back.
 
-A driver is an arm of `drivers.protocols`: `command`, `state` and `stop` are called here, under the GIL of a process that
-nothing else shares.
+A driver is an arm of `drivers.protocols`: `command`, `state` and `stop` are called here, under the GIL of a process
+that nothing else shares.
 
 What is enforced here is enforced natively, before the driver is asked anything, and whatever the rest of the rig does:
 

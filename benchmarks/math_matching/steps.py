@@ -228,6 +228,7 @@ class _Places(_Probes):
         super().__init__()
         self.token = nn.Linear(hidden, 2)
         self.pooled = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 2))
+        self.number = nn.Linear(hidden, 10)
 
 
 class Language:
@@ -244,6 +245,10 @@ class Language:
         self.features = _features(feature_file, world.model, world.train)
         self.test_features = see(world.model, world.test)
         self.texts, self.test_texts = write_texts(world.train, world.prompt), write_texts(world.test, world.prompt)
+        words = (*PLACES, " from")
+        self.asks = {self.prompt.tokenizer.encode(word, add_special_tokens=False).ids[0] for word in words}
+        self.figure = {self.prompt.tokenizer.token_to_id(str(figure)): figure for figure in range(10)}
+        self.text_figures = torch.tensor([self._figures(row) for row in self.texts.ids.tolist()])
         self.prompt_ids = torch.tensor(self.prompt.ids([GRID], texts.INSTRUCTION))
         self.start = len(self.prompt_ids)
         self.all = equations(world.highest)
@@ -302,6 +307,18 @@ class Language:
             known += [knowable for _, knowable in new]
             pieces = _picks(*self._cards(rng), known=0)
 
+    def _figures(self, ids: Sequence[int]) -> list[int]:
+        """For the words that stand behind a card's number - its place, and `from` - that number's last figure; else -1.
+
+        A layer in the middle is asked for it at these words. Choosing the place of a number is then one look at where
+        the same number is known; without it, the choice stays at chance for thousands of steps.
+        """
+        last, out = -1, []
+        for token in ids:
+            last = self.figure.get(token, last)
+            out.append(last if token in self.asks else -1)
+        return out
+
     def _cards(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """Three numbers, and an order to pick them in."""
         numbers = rng.choice(self.world.highest + 1, 3, replace=False).tolist()
@@ -323,7 +340,15 @@ class Language:
             torch.cat([a.expand(self.batch, 1, -1, -1), b.expand(self.sentences, 1, -1, -1)])
             for a, b in zip(self.rotary, self.plain, strict=True)
         )
-        hidden = batched.hidden(self.backbone, embedded, (rotary[0], rotary[1]), self.attend)
+        middle: list[Tensor] = []
+        hidden = batched.hidden(self.backbone, embedded, (rotary[0], rotary[1]), self.attend, middle)
+        figures = torch.full(words.shape, -1)
+        for row, (line, _) in enumerate(lines):
+            figures[row, : len(line)] = torch.tensor(self._figures(line))
+        spoken = self._rows(middle[0][: self.batch], ids.shape[1])
+        asked = torch.cat([self.text_figures[pick].flatten(), figures.flatten()])
+        stream = torch.cat([spoken.flatten(0, 1), middle[0][self.batch :].flatten(0, 1)])
+        number = F.cross_entropy(self.probes.number(stream[asked >= 0]), asked[asked >= 0])
         said = hidden[: self.batch, self.start - 1 : self.start - 1 + ids.shape[1]]
         real = torch.arange(ids.shape[1]) < self.texts.length[pick][:, None]
         speech = F.cross_entropy(self.backbone.logits(said[real]), ids[real], reduction="sum") / (10 * self.batch)
@@ -331,9 +356,9 @@ class Language:
         mask = known[:, 1:]
         sentence = F.cross_entropy(self.backbone.logits(before[mask]), after[mask])
         token, pooled = self._where(hidden[: self.batch], pick, self.world.train, self.texts)
-        total = speech + sentence + 0.5 * token + 0.5 * pooled
-        figures = {"loss": total, "speech": speech, "sentence": sentence, "token_xy": token, "pooled_xy": pooled}
-        return total, {key: float(value.detach()) for key, value in figures.items()}
+        total = speech + sentence + 0.5 * token + 0.5 * pooled + 0.5 * number
+        found = {"loss": total, "speech": speech, "sentence": sentence, "token_xy": token, "pooled_xy": pooled}
+        return total, {key: float(value.detach()) for key, value in (found | {"number": number}).items()}
 
     def _rows(self, hidden: Tensor, length: int) -> Tensor:
         """Hidden states of the text's own tokens as inputs, [B, L, D]."""
@@ -524,7 +549,7 @@ def _zero_gates(model: ChatVLA2) -> None:
 # -------------------------------------------------------------------------------------------------------------- join
 
 
-MOST_VECTORS = 12_000  # reasoning vectors to learn from: each costs a pass of the language model
+MOST_VECTORS = 8_000  # reasoning vectors to learn from: each costs a pass of the language model
 
 
 class Join:

@@ -213,7 +213,7 @@ def home_state() -> Array:
 class Tabletop:
     """The world. `highest`: the largest number on a card.
 
-    picks: what each closing gripper took, as (time, index of the card); placed: the card whose centre lies on the board.
+    picks: what each closing gripper took, as (time, index of the card); placed: the card that lies on the board.
     """
 
     highest: int = 9

@@ -308,7 +308,7 @@ def test_words_of_a_fault_are_cut_off_and_not_the_state():
 def test_where_the_vendor_heads_for_stands_beside_what_was_sent():
     bench = Bench()
     bench.follow()
-    assert np.isnan(bench.state["target"]).all()
+    assert np.isnan(bench.state["target"][:AXES]).all()
     bench.driver.target = (0.5, -0.25)
     bench.cycle()
     np.testing.assert_array_equal(bench.state["target"][:AXES], (0.5, -0.25))
