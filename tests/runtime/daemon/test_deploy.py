@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import bundles
+from support.daemon_rig import DaemonRig, on_a_machine_that_runs
 
 from chatvla_edge.export.checkpoint.reader import open_checkpoint
 from chatvla_edge.export.checkpoint.synth import PRESETS, synthesize
@@ -265,3 +266,21 @@ def test_the_command_checks_a_real_bundle(here, exported):
 
     with pytest.raises(DeployError, match=r"not done after 0\.05 s"):
         use(exported, link, check=deploy.verify(0.05))
+
+
+@pytest.mark.slow
+@on_a_machine_that_runs
+def test_a_daemon_keeps_the_bundle_that_it_was_started_with(tmp_path, bundle):
+    """Its link may be switched: a policy that restarts opens what the supervisor opened."""
+    link, other = tmp_path / "link", bundles.lay(tmp_path / "other")
+    link.symlink_to(bundle)
+    with DaemonRig(tmp_path, link) as rig:
+        rig.until_mode("READY", at_most=60)
+        with pytest.raises(DeployError, match=rig.name):
+            use(other, link, check=unsound)
+        # Of this one no engine can be made: a policy that opened it would die again and again.
+        use(other, link, check=sound, while_running=True)
+        os.kill(rig.child("policy"), signal.SIGKILL)
+        rig.until_mode("DISARMED")
+        rig.until_mode("READY", at_most=60)
+        assert target(link) == other
