@@ -129,7 +129,8 @@ class Supervisor:
         self.speaker = Slot.attach(self.segments.instruction.fd, TEXT_BYTES, write=True)
         self.event_ring = Ring.attach(self.segments.events.fd, EVENT_BYTES, EVENTS, write=True)
         self.watch = Watch(self.rig, self.manifest, self.plan, self.device_plans, self.segments)
-        self.place = Run(self.rig.name, os.getpid(), self.estop.fd)
+        given = (settings.given or settings.bundle).absolute()
+        self.place = Run(self.rig.name, os.getpid(), self.estop.fd, str(given))
         if self.rig.enable is not None:
             self.enable = registry.create("enable", self.rig.enable.driver, self.rig.enable.options)
             self.enable.open()
