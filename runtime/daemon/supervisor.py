@@ -23,7 +23,7 @@ from chatvla_edge.runtime import processes, servo_plan
 from chatvla_edge.runtime.arbiter import Act, Arbiter, Decision, Order, Request
 from chatvla_edge.runtime.bundle import Bundle
 from chatvla_edge.runtime.camera_process import start_camera
-from chatvla_edge.runtime.daemon import mapping
+from chatvla_edge.runtime.daemon import mapping, replay
 from chatvla_edge.runtime.daemon.children import Child, Process, spawn
 from chatvla_edge.runtime.daemon.control import Server
 from chatvla_edge.runtime.daemon.notify import notify, watchdog_period
@@ -245,6 +245,7 @@ class Supervisor:
             "checkpoint": provenance.checkpoint_sha256,
             "variant": provenance.variant,
             "plan": json.loads(servo_plan.to_json(self.plan)),
+            "build": replay.build(),
             "first_step": self.manifest.timing.first_step,
         }
 
