@@ -24,7 +24,7 @@ from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.model.experts import Router
 from chatvla_edge.export.model.fusion import prompt_mean, reasoning_mean
 from chatvla_edge.export.model.policy import ChatVLA2
-from chatvla_edge.export.probes import Arrays, modulations
+from chatvla_edge.export.probes import Arrays, modulations, speak
 from chatvla_edge.runtime.bundle import Contents, Stage
 from chatvla_edge.runtime.gates import LIMITS, Part, compared
 
@@ -52,8 +52,8 @@ def bisect(
     """Every part of every stage beside the reference, in the order of a query.
 
     root: the bundle's directory, its digests checked; model: the reference over the weights that the bundle is meant
-    to hold (`probes.dequantized`); observed: see `probes.observation`. Raises ValueError for a stage that is not laid
-    out as this version's export does it, and for a target other than cpu.
+    to hold (`probes.dequantized`); observed: see `probes.observation`, and `draft`, the text where it is known. Raises
+    ValueError for a stage that is not laid out as this version's export does it, and for a target other than cpu.
     """
     if contents.target.name != "cpu":
         raise ValueError(
@@ -150,7 +150,8 @@ class _Reference:
         ) as self.seen:
             self.image_tokens = model.backbone.images(torch.from_numpy(np.concatenate(doubled)), grids)
         self.ids = torch.from_numpy(observed["prompt_ids"])
-        self.generation = model.backbone.generate(self.ids, self.image_tokens, grids, max_tokens)
+        draft = observed["draft"].tolist() if "draft" in observed else []
+        self.generation, _ = speak(model, self.ids, self.image_tokens, grids, max_tokens, draft)
         self.grids = grids
 
 
@@ -210,7 +211,8 @@ class _Taken:
         self.taps = []
         for name in maps:
             value = self._reader(f"{name}.weight").output[0]
-            added = [node for node in self.nodes if node.op_type == "Add" and {value, f"{name}.bias"} <= {*node.input}]
+            # By the bias alone: between an integer product and its bias stand the scales of the rows.
+            added = [node for node in self.nodes if node.op_type == "Add" and f"{name}.bias" in node.input]
             self.taps.append(added[0].output[0] if added else value)
         self._show(self.taps)
 

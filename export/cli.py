@@ -250,7 +250,7 @@ def export(
     robot: Annotated[
         str, typer.Option(help="What actions and cameras mean: a name, or a YAML file. `list` shows names.")
     ],
-    target: Annotated[str, typer.Option(help="cpu (the others are not built yet).")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu; cuda (not run on any GPU yet, without gates).")] = "cpu",
     precision: Annotated[
         str,
         typer.Option(
@@ -274,7 +274,8 @@ def export(
     """
     from chatvla_edge.export import robots
     from chatvla_edge.export.checkpoint.reader import open_checkpoint
-    from chatvla_edge.export.exporter import READING, Settings, export, plan
+    from chatvla_edge.export.exporter import READING, REFERENCE, Settings, export, plan
+    from chatvla_edge.export.room import memory
     from chatvla_edge.runtime.bundle import bytes_in_words
 
     if robot == "list":
@@ -299,10 +300,14 @@ def export(
         for graph in planned.graphs:
             table.add_row(graph.name, str(len(graph.nodes)), bytes_in_words(graph.weight_bytes))
         console.print(table)
+        needed, what = memory(planned.graphs, checkpoint, gates)
+        console.print(f"peak memory, predicted: {bytes_in_words(needed)} ({what})", highlight=False)
         return
     with _progress() as bar:
         tasks = {READING: bar.add_task("reading the checkpoint", total=checkpoint.nbytes)}
         tasks |= {graph.name: bar.add_task(graph.name, total=graph.weight_bytes) for graph in planned.graphs}
+        if gates:  # how often it reads the weights depends on what the engines say
+            tasks[REFERENCE] = bar.add_task("weights through the reference", total=None)
         try:
             bundle = export(
                 checkpoint,

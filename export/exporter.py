@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import helper
 from pydantic import BaseModel
+from torch import Tensor
 
-from chatvla_edge.export import identity
+from chatvla_edge.export import identity, room
 from chatvla_edge.export.bisect import bisect
 from chatvla_edge.export.checkpoint.reader import Checkpoint
+from chatvla_edge.export.checkpoint.tokenizer import find_tokenizer
+from chatvla_edge.export.lower import cuda
 from chatvla_edge.export.lower import onnxruntime as cpu
 from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.images import MEAN, STD, Preprocessing
 from chatvla_edge.export.model.prompt import SYSTEM
-from chatvla_edge.export.probes import INSTRUCTION, dequantized, observation, probe_file, reference, scenes
+from chatvla_edge.export.probes import INSTRUCTION, observation, probe_file, reference, rounding, scenes
 from chatvla_edge.export.quantize import Precision
 from chatvla_edge.export.robots import Robot
 from chatvla_edge.export.spec import HeadSpec
@@ -30,8 +35,9 @@ from chatvla_edge.export.stages.graph import Graph, Port
 from chatvla_edge.export.stages.language import language
 from chatvla_edge.export.stages.vision import vision
 from chatvla_edge.export.stages.weights import Parameters
+from chatvla_edge.export.streaming import streamed
 from chatvla_edge.runtime import bundle as b
-from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe
+from chatvla_edge.runtime.gates import Part, gates_of, judge, meaning, read_probe, spoken
 
 TEMPLATE = (
     f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -42,9 +48,11 @@ INSTRUCTION_LENGTHS = 4
 MAX_REASONING = 256
 TOKENIZER, PARITY = "tokenizer.json", "parity.json"
 
+LOWERINGS = {"cpu": cpu, "cuda": cuda}
+
 Progress = Callable[[str, int], None]
-"""Stage (or READING: the checkpoint), bytes of it done just now."""
-READING = "checkpoint"
+"""Stage (or READING: the checkpoint, REFERENCE: weights that it multiplied with), bytes of it done just now."""
+READING, REFERENCE = "checkpoint", "reference"
 Say = Callable[[str], None]
 """A sentence for the user."""
 
@@ -83,14 +91,22 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     spec = checkpoint.spec
     if spec.head is None:
         raise ValueError(f"{checkpoint.path} has no action head: a robot could do nothing with it")
-    if settings.target != "cpu":
-        raise ValueError(f"found target {settings.target!r}, expected cpu: the other targets are not built yet")
+    if settings.target not in LOWERINGS:
+        expected = " or ".join(LOWERINGS)
+        raise ValueError(f"found target {settings.target!r}, expected {expected}: the others are not built yet")
+    if settings.target == "cuda":
+        cuda.require(spec, settings.precision)
+        if settings.gates:
+            raise ValueError(
+                "the gates of a cuda bundle take a machine with CUDA, and an engine for it that this version does not "
+                "have: export with --no-gates, knowing that nothing shows that the bundle computes its checkpoint"
+            )
     checkpoint.normalization(settings.task)
     _fits(settings.robot, spec.head)
     cameras = settings.robot.cameras
     capacity = settings.capacity or _capacity(checkpoint, cameras, settings.max_reasoning)
     target = cpu.Target(settings.precision, capacity)
-    parameters = Parameters(checkpoint.tensor)
+    parameters = Parameters(checkpoint.tensor, lambda name: checkpoint.entries[name].dtype)
     grids = sorted({camera.grid for camera in cameras})
     graphs = [
         *(vision(spec, parameters, grid) for grid in grids),
@@ -98,7 +114,8 @@ def plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         condition(spec, parameters),
         denoise(spec, parameters),
     ]
-    return Plan(tuple(cpu.lower(graph, spec, target) for graph in graphs), capacity, target.form)
+    lowering = LOWERINGS[settings.target]
+    return Plan(tuple(lowering.lower(graph, spec, target) for graph in graphs), capacity, target.form)
 
 
 def export(
@@ -115,6 +132,8 @@ def export(
     """
     planned = plan(checkpoint, settings)
     with b.ResumableWriter(destination) as writer:
+        kept = sum(step.bytes for step in writer.finished.values())
+        room.require(planned.graphs, checkpoint, settings.gates, writer.destination, kept)
         try:
             return _write(checkpoint, settings, planned, writer, progress, say)
         except BaseException:
@@ -149,7 +168,7 @@ def _write(
         with writer.step(graph.name, key):
             graph.write(_file(graph), writer.create, partial(progress, graph.name))
             identity.require_unchanged(checkpoint, stamp)
-    tokenizer = _tokenizer(checkpoint).encode()
+    tokenizer = find_tokenizer(checkpoint.path).read_bytes()
     writer.add(TOKENIZER, tokenizer)
     contents = _contents(checkpoint, settings, planned, digest)
     if settings.gates:
@@ -158,12 +177,14 @@ def _write(
             "normalization": contents.normalization.model_dump(mode="json"),
             "max_reasoning": settings.max_reasoning,
         }
-        probes = _probes(checkpoint, settings, planned, writer, common, say)
+        probes = _probes(checkpoint, settings, planned, contents, writer, common, progress, say)
         identity.require_unchanged(checkpoint, stamp)
+        room.give_back()
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
         results = judge(writer.directory, contents, arrays, settings.threads)
-        parts = _parts(checkpoint, settings, planned, contents, writer.directory)
+        draft = arrays[probes[0]]["lowering_parity.token_ids"]
+        parts = _parts(checkpoint, settings, planned, contents, writer.directory, draft)
         contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
     writer.add(PARITY, _json(contents.gates))
     return writer.commit(contents)
@@ -173,8 +194,10 @@ def _probes(
     checkpoint: Checkpoint,
     settings: Settings,
     planned: Plan,
+    contents: b.Contents,
     writer: b.ResumableWriter,
     common: dict[str, object],
+    progress: Progress,
     say: Say,
 ) -> list[str]:
     """The probe files: observations, and what the reference makes of them."""
@@ -191,35 +214,51 @@ def _probes(
     head, cameras = checkpoint.spec.head, settings.robot.cameras
     assert head is not None
     say("running the reference over the probes ...")
-    model = checkpoint.model()
-    held = dequantized(model, planned.form)
     prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
     preprocessing = [Preprocessing(camera.preprocessing) for camera in cameras]
     named = {camera.name: steps for camera, steps in zip(cameras, preprocessing, strict=True)}
     sizes = [(camera.height, camera.width) for camera in cameras]
-    for index, scene in enumerate(scenes(settings.probes, sizes, normalization, head.horizon)):
-        if index not in todo:
-            continue
-        given = (prompt, preprocessing, normalization, scene, settings.max_reasoning)
-        outputs = {"lowering_parity": reference(held, *given), "quantization_error": reference(model, *given)}
-        with writer.step(names[index], todo[index]):
-            seen = observation(checkpoint.spec, named, prompt, normalization, scene)
-            writer.add(names[index], probe_file(seen, outputs))
+    seen = scenes(settings.probes, sizes, normalization, head.horizon)
+    asked = [(seen[index].frames, seen[index].state, seen[index].instruction, seen[index].noise) for index in todo]
+    drafts = spoken(writer.directory, contents, asked, settings.threads)
+    room.give_back()
+
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.tensor(name)
+        progress(REFERENCE, tensor.nbytes)
+        return tensor
+
+    held = streamed(checkpoint.spec, read, rounding(planned.form))
+    model = streamed(checkpoint.spec, read) if planned.form.quantizes else held
+    for (index, key), draft in zip(todo.items(), drafts, strict=True):
+        given = (prompt, preprocessing, normalization, seen[index], settings.max_reasoning)
+        outputs = {"lowering_parity": reference(held, *given, draft)}
+        draft = outputs["lowering_parity"]["token_ids"].tolist()
+        outputs["quantization_error"] = outputs["lowering_parity"] if model is held else reference(model, *given, draft)
+        with writer.step(names[index], key):
+            observed = observation(checkpoint.spec, named, prompt, normalization, seen[index])
+            writer.add(names[index], probe_file(observed, outputs))
     return names
 
 
 def _parts(
-    checkpoint: Checkpoint, settings: Settings, planned: Plan, contents: b.Contents, directory: Path
+    checkpoint: Checkpoint,
+    settings: Settings,
+    planned: Plan,
+    contents: b.Contents,
+    directory: Path,
+    draft: NDArray[np.int64],
 ) -> list[Part]:
-    """Every part of every stage by itself, beside the reference."""
+    """Every part of every stage by itself, beside the reference; draft: what it said of the first scene."""
     head, cameras = checkpoint.spec.head, settings.robot.cameras
     assert head is not None
     prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
     named = {camera.name: Preprocessing(camera.preprocessing) for camera in cameras}
     sizes = [(camera.height, camera.width) for camera in cameras]
     (scene,) = scenes(1, sizes, normalization, head.horizon)
-    seen = observation(checkpoint.spec, named, prompt, normalization, scene)
-    held = dequantized(checkpoint.model(), planned.form)
+    seen = {**observation(checkpoint.spec, named, prompt, normalization, scene), "draft": draft}
+    room.give_back()
+    held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
     return bisect(directory, contents, held, seen, settings.threads)
 
 
@@ -277,13 +316,6 @@ def _capacity(checkpoint: Checkpoint, cameras: Sequence[b.Camera], max_reasoning
 
 def _file(graph: Graph) -> str:
     return f"stages/{graph.name}.onnx"
-
-
-def _tokenizer(checkpoint: Checkpoint) -> str:
-    for folder in (checkpoint.path, checkpoint.path.parent):
-        if (folder / "tokenizer.json").is_file():
-            return (folder / "tokenizer.json").read_text(encoding="utf-8")
-    raise ValueError(f"{checkpoint.path}: no tokenizer.json here nor in the folder above; copy it beside the weights")
 
 
 def _json(value: BaseModel) -> bytes:
@@ -370,13 +402,15 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest:
             tokens=b.Tokens(**tokens.model_dump(), stop=(tokens.im_end,)),
             max_reasoning_tokens=settings.max_reasoning,
         ),
-        target=b.Target(
-            name="cpu",
-            engine=b.Engine(
-                kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
-            ),
-            sm=(),
-            jetpack=None,
+        target=b.Target.model_validate(
+            {
+                "name": settings.target,
+                "engine": b.Engine(
+                    kind="onnxruntime", lowered_with=_numbers(tools["onnxruntime"]), at_least="1.22", below=None
+                ),
+                "sm": (),
+                "jetpack": None,
+            }
         ),
         stages=b.Stages(
             vision=tuple(b.VisionStage.model_validate({**stage(graph), "grid": grid}) for grid, graph in visions),
@@ -385,7 +419,7 @@ def _contents(checkpoint: Checkpoint, settings: Settings, planned: Plan, digest:
                     **stage(by_name["language"]),
                     "kv": b.KvCache(
                         capacity=capacity,
-                        dtype="float32",
+                        dtype=_tensor(by_name["language"].inputs[-1], capacity).dtype,
                         sharing="in_place",
                         past=tuple(f"past_{name}" for name in names),
                         present=tuple(f"present_{name}" for name in names),

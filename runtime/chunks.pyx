@@ -1,6 +1,6 @@
 """A chunk: actions [H, A] with the observation's place on the trajectory, and what can be wrong with one.
 
-``actions[i]`` is due at ``tau_observation + (i + first_step) * dt`` in trajectory time (DESIGN 4.5). ``first_step``
+``actions[i]`` is due at ``tau_observation + (i + first_step) * dt`` in trajectory time. ``first_step``
 comes from the manifest: -1 where the first predicted action is the previous command, as in the public training code.
 
 A chunk is accepted whole or not at all. Every refusal has a name and a counter, because a robot that quietly ignores

@@ -1,4 +1,4 @@
-"""The fused trajectory: a function of tau, made of the chunks that arrive (DESIGN 4.5).
+"""The fused trajectory: a function of tau, made of the chunks that arrive.
 
     fused(tau) = base(tau) + offset(tau)
 

@@ -24,6 +24,8 @@ from chatvla_edge.runtime.policy import Policy
 
 Array = NDArray[Any]
 Kind = Literal["lowering_parity", "quantization_error"]
+Asked = tuple[Sequence[Array], Array, str, Array]
+"""Frames, state, instruction, noise: see `Policy.query`."""
 
 # What a probe file holds. The observation: `frame.CAMERA` of every camera, and
 OBSERVATION = ("state", "noise", "instruction")
@@ -154,6 +156,12 @@ def judge(
                     worst[measured.name] = measured
         results.extend(_judge(kind, worst))
     return results
+
+
+def spoken(root: Path, contents: Contents, asked: Sequence[Asked], threads: int = 1) -> list[list[int]]:
+    """Token ids that the stages below `root` answer with: drafts for the reference, which then takes fewer passes."""
+    policy = Policy(root, contents, Threads(threads))
+    return [policy.query(*observation).token_ids for observation in asked]
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,11 @@ class Policy:
         self, root: Path, manifest: Contents, threads: Threads, reasoning: ReasoningSettings | None = None
     ) -> None:
         geometry, stages = manifest.geometry, manifest.stages
+        if manifest.target.name != "cpu":
+            raise ValueError(
+                f"{root}: found a bundle for {manifest.target.name}, expected one for cpu, the only target that this "
+                "version has an engine for: export the checkpoint with --target cpu"
+            )
         self.manifest = manifest
         self.reasoning = reasoning or ReasoningSettings()
         self._kept: _Kept | None = None

@@ -1,4 +1,4 @@
-"""The servo: one loop per rig, without the GIL, from chunks to limited commands at native rate (DESIGN 4.5, 4.6).
+"""The servo: one loop per rig, without the GIL, from chunks to limited commands at native rate.
 
 A tick, in this order:
 

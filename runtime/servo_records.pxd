@@ -24,7 +24,7 @@ cdef enum:
     WANT_TRACK = 2  # follow the chunks
     WANT_STOP = 3   # ramp to rest along the path and stay there, commanded, until the next arming
     WANT_BRAKE = 4  # the shortest stop within limits, each axis by itself; likewise until the next arming
-    WANT_HOME = 5   # ramp to rest along the path, then go to the plan's pose as slowly as in an approach, and stay there
+    WANT_HOME = 5   # ramp to rest along the path, then go to the plan's pose as slowly as in an approach, and stay
     WANT_PARK = 6   # likewise
 
 # What the servo is doing.

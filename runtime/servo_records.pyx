@@ -66,7 +66,8 @@ STATE = np.dtype(
 STATUS = np.dtype(
     [
         ("tick", "<u8"), ("tick_ns", "<i8"), ("wanted", "<u8"), ("mode", "<u8"), ("doing", "<u8"),
-        ("standing", "<u8"), ("posed", "<u8"), ("reasons", "<u8"), ("latched", "<u8"), ("arming", "<u8"), ("epoch", "<u8"),
+        ("standing", "<u8"), ("posed", "<u8"), ("reasons", "<u8"), ("latched", "<u8"),
+        ("arming", "<u8"), ("epoch", "<u8"),
         ("tau", "<f8"), ("tau_rate", "<f8"), ("speed", "<f8"), ("path_left", "<f8"), ("chunk", "<u8"),
         ("chunk_age_ns", "<i8"), ("owed_ns", "<i8"), ("chunks_taken", "<u8"), ("chunks_refused", "<u8"),
         ("last_verdict", "<u8"),

@@ -83,7 +83,7 @@ def experts(layer: MixtureOfExperts, rows: Tensor) -> Tensor:
     order = ids.flatten().argsort(stable=True)
     token = order // layer.router.top_k
     counts = torch.bincount(ids.flatten(), minlength=len(layer.routed)).tolist()
-    parts = rows.index_select(0, token).split(counts)
+    parts = torch.split(rows.index_select(0, token), counts)
     mixed = torch.cat([expert(part) for expert, part in zip(layer.routed, parts, strict=True)])
     scaled = mixed * weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(rows).index_add(0, token, scaled)
@@ -116,15 +116,23 @@ def attend(x: Tensor, weights: tuple[Tensor, ...], rotary: Rotary, heads: int, e
 Attend = Callable[[Tensor, tuple[Tensor, ...], Rotary, int, float], tuple[Tensor, Tensor]]
 
 
-def hidden(backbone: Backbone, embedded: Tensor, rotary: Rotary, attention: Attend = attend) -> Tensor:
+def hidden(
+    backbone: Backbone,
+    embedded: Tensor,
+    rotary: Rotary,
+    attention: Attend = attend,
+    middle: list[Tensor] | None = None,
+) -> Tensor:
     """Final-norm hidden states [B, T, D] of embedded [B, T, D]; causal, so padding on the right disturbs nothing.
 
     rotary: [T, head_dim], or [B, 1, T, head_dim] where rows have positions of their own; attention: `attend`, or its
-    compiled form.
+    compiled form; middle: takes the residual stream behind the first half of the layers.
     """
     language = backbone.spec.language
     x = embedded
-    for layer in backbone.language.layers:
+    for index, layer in enumerate(backbone.language.layers):
+        if middle is not None and index == language.layers // 2:
+            middle.append(x)
         part = layer.self_attn
         weights = (
             layer.input_layernorm.weight,

@@ -12,7 +12,7 @@ GB = 1e9
 MEMORY = (4 * GB, 1 * GB)  # warn, fail below: a policy of 2 billion parameters in int4 and its caches need about 4
 DISK = (10 * GB, 1 * GB)  # warn, fail below: a session with one camera logs about 6 GB an hour
 # NVIDIA's release notes: Jetson Linux -> JetPack
-JETPACK = {"36.3": "6.0", "36.4": "6.1 or 6.2", "38.2": "7.0", "38.4": "7.1"}
+JETPACK = {"36.3": "6.0", "36.4": "6.1 or 6.2", "38.2": "7.0", "38.4": "7.1", "39.2": "7.2"}
 RIGHTS = "put `@robot - rtprio 95` and `@robot - memlock unlimited` into /etc/security/limits.d/, log in again"
 
 

@@ -17,11 +17,12 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 MOST_BYTES = 1 << 20
 READY = "ready"
 
+Kind = TypeVar("Kind", bound="StandIn")
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -81,7 +82,7 @@ class StandIn:
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> "StandIn":
+    def start(self: Kind) -> Kind:
         """Start it and wait until it says that it is ready. Raises TimeoutError, RuntimeError where it ended."""
         self.process = subprocess.Popen(  # noqa: S603  # our own interpreter, our own module
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=self.environment
@@ -122,7 +123,7 @@ class StandIn:
             self.process.stdin.close()
         self.process = None
 
-    def __enter__(self) -> "StandIn":
+    def __enter__(self: Kind) -> Kind:
         return self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ ARMATURE, DAMPING, FRICTION = 0.1, 1.0, 0.1
 
 def model(folder: Path) -> Path:
     """The FR3 that franka-sim brings, without the meshes that it does not bring, as MuJoCo's XML."""
-    import franka_sim  # noqa: PLC0415
+    import franka_sim
     import mujoco
 
     tree = ET.parse(Path(franka_sim.__file__).parent / "models" / "fr3.urdf")  # noqa: S314  (of an installed package)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chatvla_edge.export.checkpoint.config import SpecReader, View, read_json
 from chatvla_edge.export.checkpoint.errors import at, refusal
+from chatvla_edge.export.checkpoint.files import inside
 from chatvla_edge.export.checkpoint.lora import is_lora, open_lora
 from chatvla_edge.export.checkpoint.names import PREFIXES, Bond, Layout, bonds
 from chatvla_edge.export.checkpoint.statistics import Statistics, find_statistics, load_statistics
@@ -214,7 +215,7 @@ def _config_file(path: Path) -> Path:
     """config.json beside the weights, or one level up, where LoRA runs keep it."""
     for folder in (path, path.parent):
         if (folder / "config.json").is_file():
-            return folder / "config.json"
+            return inside(folder, "config.json", folder)
     raise refusal(
         path,
         found="no config.json here nor in the folder above",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, at, refusal
-from .files import open_for_reading
+from .files import file_size, inside, open_for_reading
 from .pickles import load_plain_pickle
 
 FILE_NAMES = ("dataset_stats.json", "dataset_stats.pkl")
@@ -25,6 +25,8 @@ STD_FLOOR = 1e-2
 # In every public file and needed by nothing: one recorded episode, [T, S].
 _IGNORED = "example_qpos"
 _SCHEMA = 1
+# An episode of 10 000 steps of 14 float64 is a megabyte.
+LARGEST = 64 << 20
 
 Float32 = npt.NDArray[np.float32]
 
@@ -96,6 +98,9 @@ def find_statistics(checkpoint: str | Path) -> Path | None:
 
     Looked for in the directory itself, in its parent (where the training scripts put it), and one further up where the
     parent is itself a checkpoint's folder. A JSON beside a pickle is preferred.
+
+    Raises:
+        CheckpointError: it is a link that leaves its directory.
     """
     directory = Path(checkpoint).absolute()
     if directory.is_file():
@@ -103,7 +108,8 @@ def find_statistics(checkpoint: str | Path) -> Path | None:
     places = [directory, directory.parent]
     if "checkpoint" in directory.parent.name:
         places.append(directory.parent.parent)
-    return next((place / name for place in places for name in FILE_NAMES if (place / name).is_file()), None)
+    found = ((place, name) for place in places for name in FILE_NAMES if (place / name).is_file())
+    return next((inside(place, name, place) for place, name in found), None)
 
 
 def load_statistics(path: str | Path, task: str | None = None) -> Statistics:
@@ -117,6 +123,14 @@ def load_statistics(path: str | Path, task: str | None = None) -> Statistics:
         CheckpointError: the file cannot be read, a key is missing, or an array has the wrong shape, type or values.
     """
     path = Path(path)
+    with open_for_reading(path) as file:
+        if (size := file_size(file)) > LARGEST:
+            raise refusal(
+                path,
+                found=f"{size} bytes",
+                expected=f"at most {LARGEST}: a few vectors, and one recorded episode",
+                do="Pass the dataset_stats.pkl of the training run.",
+            )
     if path.suffix != ".json":
         return parse_statistics(load_plain_pickle(path), str(path), task)
     with open_for_reading(path) as file:

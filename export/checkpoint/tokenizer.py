@@ -5,14 +5,18 @@ byte-level one with Qwen2's splitting rule and the special tokens at the ids its
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers
 
 from chatvla_edge.export.checkpoint.errors import refusal
+from chatvla_edge.export.checkpoint.files import inside
 from chatvla_edge.export.model.prompt import SPECIAL, Prompt
 from chatvla_edge.export.spec import PolicySpec, TokenSpec
 
+# Qwen2's file has 7 MB, with half of it spelled out merges.
+LARGEST = 64 << 20
 # Qwen2 splits text so before merging bytes: contractions, words, single digits, punctuation, white space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,19 +55,45 @@ def byte_level_tokenizer(tokens: TokenSpec) -> str:
     )
 
 
-def read_prompt(path: Path, spec: PolicySpec) -> Prompt:
-    """The prompt builder of a checkpoint, from its tokenizer.json (or the folder above, where LoRA runs keep it)."""
+def find_tokenizer(path: Path) -> Path:
+    """tokenizer.json of a checkpoint, or of the folder above, where LoRA runs keep it.
+
+    Raises:
+        CheckpointError: there is none, it is a link that leaves its folder, or larger than any tokenizer.
+    """
     for folder in (path, path.parent):
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            try:
-                tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # noqa: BLE001  the library raises bare Exception for any unreadable file
-                raise refusal(file, found=str(error), expected="a tokenizer.json", do="Copy it again.") from None
-            return Prompt(tokenizer, spec.tokens, spec.vision.merge)
+        if (folder / "tokenizer.json").is_file():
+            file = inside(folder, "tokenizer.json", folder)
+            if (size := file.stat().st_size) > LARGEST:
+                raise refusal(
+                    file, found=f"{size} bytes", expected=f"a tokenizer of at most {LARGEST}", do="Copy it again."
+                )
+            return file
     raise refusal(
         path,
         found="no tokenizer.json here nor in the folder above",
         expected="the tokenizer the model was trained with",
         do="Copy tokenizer.json of Qwen2-VL beside the weights; it can be saved from any Qwen2-VL checkpoint folder.",
     )
+
+
+def read_prompt(path: Path, spec: PolicySpec) -> Prompt:
+    """The prompt builder of a checkpoint, over its tokenizer. Raises CheckpointError for one of another vocabulary."""
+    file = find_tokenizer(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception for any unreadable file
+        raise refusal(file, found=str(error), expected="a tokenizer.json", do="Copy it again.") from None
+    ids = Counter(tokenizer.get_vocab(with_added_tokens=True).values())
+    beyond = sorted(index for index in ids if index >= spec.language.vocab)
+    twice = sorted(index for index, count in ids.items() if count > 1)
+    if beyond or twice:
+        rows = spec.language.vocab
+        found = f"the id {beyond[0]} and {len(beyond) - 1} more beyond it" if beyond else f"two tokens of id {twice[0]}"
+        raise refusal(
+            file,
+            found=found,
+            expected=f"ids that differ, below {rows}: the rows of the embedding",
+            do="This tokenizer belongs to another checkpoint: copy the one that the model was trained with.",
+        )
+    return Prompt(tokenizer, spec.tokens, spec.vision.merge)

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from chatvla_edge.export.lower.tables import narrow
 from chatvla_edge.export.quantize import PRECISIONS, BlockFormat, Precision, Quantized, is_quantized, quantize
 from chatvla_edge.export.spec import LanguageSpec, PolicySpec
 from chatvla_edge.export.stages.graph import DOMAIN, Array, Graph, Weight
@@ -46,8 +47,8 @@ class Target:
         return PRECISIONS[self.precision]
 
 
-def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
-    """Rewrite a neutral stage graph for ONNX Runtime on the CPU."""
+def lower(graph: Graph, spec: PolicySpec, target: Target, lowering: "type[Lowering] | None" = None) -> Graph:
+    """Rewrite a neutral stage graph for ONNX Runtime on the CPU; `lowering` makes other choices for another device."""
     out = Graph(
         graph.name,
         scope="ort/",
@@ -56,16 +57,19 @@ def lower(graph: Graph, spec: PolicySpec, target: Target) -> Graph:
         output_values=list(graph.output_values),
         constants=dict(graph.constants),
     )
-    state = _Lowering(graph, out, spec.language, target)
+    state = (lowering or Lowering)(graph, out, spec.language, target)
     for node in graph.nodes:
         state.node(node)
+    narrow(out)
     used = {name for node in out.nodes for name in node.input}
     out.weights = {name: weight for name, weight in out.weights.items() if name in used}
     out.constants = {name: array for name, array in out.constants.items() if name in used}
     return out
 
 
-class _Lowering:
+class Lowering:
+    """Node by node: what becomes of each."""
+
     def __init__(self, graph: Graph, out: Graph, language: LanguageSpec, target: Target) -> None:
         self.graph, self.out, self.language, self.target = graph, out, language, target
         self.shared: dict[str, str] = {}

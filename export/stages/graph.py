@@ -41,7 +41,8 @@ Create = Callable[[str], AbstractContextManager[Output]]
 class Weight:
     """An initializer to be. `blocks` yields consecutive pieces of the row-major data, each small enough to hold.
 
-    `entry(i)` yields those of index i of the first axis without reading the others, where the recipe can.
+    `entry(i)` yields those of index i of the first axis without reading the others, where the recipe can. `stored` is
+    the same values in the narrower type they were trained in. `kind` is the ONNX type of bits that numpy cannot name.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Weight:
     dtype: np.dtype[np.generic]
     blocks: Blocks
     entry: Callable[[int], Iterable[Array]] | None = None
+    stored: "Weight | None" = None
+    kind: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +167,7 @@ class Graph:
                     proto, at = _write(weight, file, at, location, progress)
                 else:
                     proto = numpy_helper.from_array(weight.array(), weight.name)
+                    proto.data_type = _kind(weight)
                     if progress is not None:
                         progress(weight.nbytes)
                 initializers.append(proto)
@@ -175,7 +179,7 @@ class Graph:
         constants = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
         state = hashlib.sha256(self._model(constants).SerializeToString(deterministic=True))
         for weight in self.weights.values():
-            state.update(f"{weight.name} {weight.shape} {weight.dtype}\n".encode())
+            state.update(f"{weight.name} {weight.shape} {_kind(weight)}\n".encode())
         return state.hexdigest()
 
     def _model(self, initializers: list[TensorProto]) -> onnx.ModelProto:
@@ -201,6 +205,10 @@ class Graph:
         )
 
 
+def _kind(weight: Weight) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(weight.dtype) if weight.kind is None else weight.kind)
+
+
 def _is_external(weight: Weight) -> bool:
     return weight.nbytes > INLINE_BYTES
 
@@ -220,7 +228,7 @@ def _write(
             progress(data.nbytes)
     weight.check(at - start)
     proto = TensorProto(name=weight.name, dims=weight.shape, data_location=TensorProto.EXTERNAL)
-    proto.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    proto.data_type = _kind(weight)
     for key, value in (("location", location), ("offset", start), ("length", weight.nbytes)):
         proto.external_data.add(key=key, value=str(value))
     return proto, at

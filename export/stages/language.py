@@ -43,7 +43,7 @@ def language(spec: PolicySpec, parameters: Parameters) -> Graph:
     if model.experts.routed:
         graph.function(functions.top_k_moe(model))
 
-    embedding = parameters.plain(graph, EMBEDDING, (model.vocab, model.hidden))
+    embedding = parameters.table(graph, EMBEDDING, (model.vocab, model.hidden))
     words = graph.op("Gather", embedding, ids, axis=0)
     column = graph.constant([1], np.int64)
     h = graph.op("ScatterND", words, graph.op("Unsqueeze", image_rows, column), image_tokens)

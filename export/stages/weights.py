@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from chatvla_edge.export.stages.graph import Array, Graph, Weight
@@ -12,6 +13,7 @@ Read = Callable[[str], Tensor]
 """Our parameter name -> tensor in its stored dtype, e.g. `Checkpoint.tensor`."""
 
 FP32 = np.dtype(np.float32)
+_NARROW = {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
 
 
 class Parameters:
@@ -20,8 +22,9 @@ class Parameters:
     Lowerings change dtype and form afterwards; the values here are the checkpoint's own.
     """
 
-    def __init__(self, read: Read) -> None:
-        self.read = read
+    def __init__(self, read: Read, dtype: Callable[[str], torch.dtype] | None = None) -> None:
+        """dtype: in which a parameter is stored, without reading it."""
+        self.read, self.dtype = read, dtype
 
     def array(self, name: str) -> Array:
         """One parameter as fp32."""
@@ -30,6 +33,18 @@ class Parameters:
     def plain(self, graph: Graph, name: str, shape: tuple[int, ...]) -> str:
         """A parameter as it is."""
         return graph.weight(Weight(name, shape, FP32, lambda: self._one(name)))
+
+    def table(self, graph: Graph, name: str, shape: tuple[int, ...]) -> str:
+        """A parameter whose rows may be gathered as they are stored."""
+        kind = None if self.dtype is None else _NARROW.get(self.dtype(name))
+        stored = None
+        if kind is not None:
+            # As bits: numpy has no bfloat16.
+            stored = Weight(f"{name}.stored", shape, np.dtype(np.uint16), lambda: self._bits(name), kind=kind)
+        return graph.weight(Weight(name, shape, FP32, lambda: self._one(name), stored=stored))
+
+    def _bits(self, name: str) -> Iterator[Array]:
+        yield self.read(name).contiguous().view(torch.uint16).numpy()
 
     def derived(self, graph: Graph, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> str:
         """A tensor computed from parameters when it is written."""

@@ -14,10 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from chatvla_edge.runtime.daemon.deploy import Switched
     from chatvla_edge.runtime.daemon.places import Run
     from chatvla_edge.runtime.daemon.replay import Comparison
 
 app = typer.Typer()
+bundles = typer.Typer(no_args_is_help=True, help="Which bundle a robot runs: switch the link that leads to it.")
+app.add_typer(bundles, name="bundle")
 console = Console()
 
 RigOption = Annotated[str | None, typer.Option("--rig", help="Which rig's daemon, where several run.")]
@@ -66,6 +69,7 @@ def run(
 
     if dry_run and shadow:
         raise typer.BadParameter("--dry-run and --shadow exclude each other")
+    given, bundle = bundle, bundle.resolve()
     chosen = rigs.load(rig)
     if arm and not chosen.simulated:
         raise typer.BadParameter(f"--arm is for simulated rigs; {chosen.name} is real: use `chatvla-edge arm`")
@@ -74,7 +78,7 @@ def run(
         # Sizes and rates first, with the bundle's own words; then what each number means.
         from chatvla_edge.runtime.bundle.fit import check_rig
 
-        check_rig(opened.manifest, mapping.needs(chosen, opened.manifest), str(bundle))
+        check_rig(opened.manifest, mapping.needs(chosen, opened.manifest), str(given))
         place = folder or Path("sessions") / f"{chosen.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
         place.mkdir(parents=True, exist_ok=True)
         logging.basicConfig(
@@ -93,6 +97,7 @@ def run(
             threads=threads,
             realtime=realtime,
             arm_at_once=arm,
+            given=given,
         )
         supervisor = Supervisor(settings, opened, progress=lambda text: stderr.print(f"  {text}"))
     what = "SIMULATED" if chosen.simulated else "REAL"
@@ -313,6 +318,65 @@ def picture(status: dict[str, Any]) -> Group:
     facts.add_row("instruction", Text(status["instruction"] or "none: give one with `instruct`"))
     facts.add_row("reasoning", Text(policy["text"]))
     return Group(*lines, streams, facts)
+
+
+# -------------------------------------------------------------------------------------------------- which bundle it is
+
+Link = Annotated[Path, typer.Option("--link", help="The symbolic link that `run --bundle` is given.")]
+CheckSeconds = Annotated[float, typer.Option(help="How long the check of the bundle may take.", min=1)]
+CheckThreads = Annotated[int, typer.Option("--threads", help="Compute threads of the check.", min=1)]
+WhileRunning = Annotated[
+    bool, typer.Option("--while-running", help="Although a daemon runs from the link; its next start takes the other.")
+]
+
+
+@bundles.command("use")
+def use(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.", exists=True, file_okay=False)],
+    link: Link,
+    check_seconds: CheckSeconds = 1800,
+    threads: CheckThreads = 1,
+    while_running: WhileRunning = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle on this computer (digests, probes), then let the link lead to it. The one before is kept."""
+    from chatvla_edge.runtime.daemon import deploy
+
+    with Console(stderr=True).status(f"checking {bundle}"):
+        check = deploy.verify(check_seconds, threads)
+        switched = deploy.use(bundle, link, check=check, while_running=while_running)
+    _show_switched(switched, as_json)
+
+
+@bundles.command("rollback")
+def rollback(
+    link: Link,
+    check_seconds: CheckSeconds = 1800,
+    threads: CheckThreads = 1,
+    while_running: WhileRunning = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check the bundle before on this computer, then let the link lead to it again."""
+    from chatvla_edge.runtime.daemon import deploy
+
+    with Console(stderr=True).status("checking the bundle before"):
+        check = deploy.verify(check_seconds, threads)
+        switched = deploy.rollback(link, check=check, while_running=while_running)
+    _show_switched(switched, as_json)
+
+
+def _show_switched(switched: "Switched", as_json: bool) -> None:
+    values = {name: value if isinstance(value, dict) else str(value or "") for name, value in vars(switched).items()}
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    gates = ", ".join(f"{count} {verdict}" for verdict, count in switched.gates.items())
+    console.print(
+        f"{switched.link} leads to {switched.bundle} (gates: {gates}); before: {switched.previous or 'none'}. The next "
+        "start of the daemon takes it.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- afterwards

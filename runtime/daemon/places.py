@@ -35,11 +35,12 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A running daemon: its supervisor, and the descriptor of the emergency-stop page there."""
+    """A running daemon: its supervisor, the descriptor of the emergency-stop page there, and its bundle as given."""
 
     rig: str
     pid: int
     estop_fd: int
+    bundle: str = ""
 
     @property
     def socket(self) -> Path:
@@ -54,7 +55,9 @@ class Run:
     def write(self) -> None:
         """Say where it is."""
         path = folder() / f"{self.rig}.json"
-        path.with_suffix(".new").write_text(json.dumps({"pid": self.pid, "estop_fd": self.estop_fd}))
+        path.with_suffix(".new").write_text(
+            json.dumps({"pid": self.pid, "estop_fd": self.estop_fd, "bundle": self.bundle})
+        )
         path.with_suffix(".new").replace(path)
 
     def remove(self) -> None:
@@ -69,7 +72,7 @@ def runs() -> list[Run]:
     for path in sorted(folder().glob("*.json")):
         try:
             values = json.loads(path.read_text())
-            run = Run(path.stem, int(values["pid"]), int(values["estop_fd"]))
+            run = Run(path.stem, int(values["pid"]), int(values["estop_fd"]), str(values.get("bundle", "")))
         except (OSError, ValueError, KeyError):
             continue
         if Path("/proc", str(run.pid)).exists():

@@ -11,9 +11,11 @@ Kind = Literal["live", "dry", "shadow"]
 
 @dataclass(frozen=True)
 class Settings:
-    """``kind``: `dry` does everything but send commands to an arm; `shadow` does not even ask to: the operator's own
-    controller drives, and `arm` is refused. ``duration``: s, None for ever. ``folder``: of the session's log;
-    ``frame_rate``: pictures per second and camera in the log. ``arm_at_once``: for demos on simulated rigs only.
+    """``bundle``: the directory itself, so that a link switched meanwhile changes nothing for a policy that restarts;
+    ``given``: the path that it was named by. ``kind``: `dry` does everything but send commands to an arm; `shadow` does
+    not even ask to: the operator's own controller drives, and `arm` is refused. ``duration``: s, None for ever.
+    ``folder``: of the session's log; ``frame_rate``: pictures per second and camera in the log. ``arm_at_once``: for
+    demos on simulated rigs only.
     """
 
     rig: Rig
@@ -28,3 +30,4 @@ class Settings:
     threads: int = 1
     realtime: bool = True
     arm_at_once: bool = False
+    given: Path | None = None

@@ -129,7 +129,8 @@ class Supervisor:
         self.speaker = Slot.attach(self.segments.instruction.fd, TEXT_BYTES, write=True)
         self.event_ring = Ring.attach(self.segments.events.fd, EVENT_BYTES, EVENTS, write=True)
         self.watch = Watch(self.rig, self.manifest, self.plan, self.device_plans, self.segments)
-        self.place = Run(self.rig.name, os.getpid(), self.estop.fd)
+        given = (settings.given or settings.bundle).absolute()
+        self.place = Run(self.rig.name, os.getpid(), self.estop.fd, str(given))
         if self.rig.enable is not None:
             self.enable = registry.create("enable", self.rig.enable.driver, self.rig.enable.options)
             self.enable.open()
@@ -372,6 +373,11 @@ class Supervisor:
         """Put a request to the arbiter now, and say what it says."""
         decision = self._decide((request,))
         (reply,) = decision.replies
+        if request.act is Act.CLEAR and reply.accepted:
+            # What the arms themselves have latched (a reflex, a motor's fault) ends on the operator's word only, too.
+            for name, child in self.children.items():
+                if name.startswith("device ") and child.process is not None and child.process.poll() is None:
+                    child.process.send_signal(processes.CLEAR)
         return {"ok": reply.accepted, "text": reply.text, "reasons": reply.sentences()[1:], "mode": self.mode}
 
     @property

@@ -165,7 +165,7 @@ def test_failed_gates_may_be_allowed_and_are_then_written(checkpoint, tmp_path, 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"target": "orin-jp72"}, "expected cpu"), ({"precision": "int2"}, "no precision 'int2'")],
+    [({"target": "orin-jp72"}, "expected cpu or cuda"), ({"precision": "int2"}, "no precision 'int2'")],
 )
 def test_what_the_target_cannot_run_is_refused_before_anything_is_written(checkpoint, changes, message):
     from dataclasses import replace
@@ -181,6 +181,7 @@ def test_the_commands_tell_one_story(tmp_path):
     arguments = ["export", str(tmp_path / "c"), "-o", str(tmp_path / "b"), "--robot", "arx_r5_bimanual"]
     dry = runner.invoke(app, [*arguments, "--dry-run"])
     assert dry.exit_code == 0, dry.output
+    assert "peak memory, predicted" in dry.stdout
     assert not (tmp_path / "b").exists()
     done = runner.invoke(app, [*arguments, "--max-reasoning", "8", "--probes", "1"])
     assert done.exit_code == 0, done.output

@@ -754,6 +754,40 @@ def test_the_curve_of_one_side_does_not_hold_on_the_other(limits):
     assert reached * DT == pytest.approx(0.262, abs=0.01)
 
 
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_what_the_curve_check_passes_stays_under_the_curve_sample_by_sample(side):
+    # Interpreted only: the compiled one does not show it. Every sample of the stop is walked, whatever its phase.
+    module = limits_source.MODULES["interpreted"]
+    offset, deceleration, end = 0.3, 6.0, 2.7
+    curve = [[offset], [deceleration], [-end], [end]]
+    limiter = one(module, lower=[-end], upper=[end], velocity=[4.0], curve=curve)
+    rng = np.random.default_rng(8)
+    passed, kept, late = 0, 0, 0
+    for _ in range(4000):
+        q, v, a = rng.uniform(0.5, end), rng.uniform(0.0, 3.0), rng.uniform(-9.9, 9.9)
+        if not module.plan_stop(side * v, side * a, 10.0, 1.0, DT, limiter.fresh, 0):
+            continue
+        limiter.next_command[0], limiter.next_speed[0] = side * q, side * v
+        fresh = list(limiter.fresh[:14])
+        slopes = [fresh[3]] * int(fresh[0]) + [0.0] * int(fresh[1]) + [fresh[4]] * int(fresh[2])
+        held = np.arange(len(slopes))
+        acceleration = side * a + np.cumsum(slopes)
+        flat = (held >= fresh[0]) & (held < fresh[0] + fresh[1])
+        acceleration[flat] = fresh[5]
+        speeds = side * np.concatenate([[side * v], side * v + DT * np.cumsum(acceleration)])
+        places = q + np.concatenate([[0.0], DT * np.cumsum(speeds[1:])])
+        fast = speeds > 1e-9
+        over = np.where(fast, (speeds + offset) ** 2 - 2 * deceleration * (end - places), -np.inf)
+        answer = limiter._under_curve(0, side)
+        assert not (answer and over.max() > 1e-6), (q, v, a)
+        furthest = (speeds.max() + offset) ** 2 > 2 * deceleration * (end - places.max())
+        passed += answer
+        kept += over.max() < -0.05
+        late += answer and furthest  # passed phase by phase
+    assert passed >= 0.97 * kept
+    assert late > 100
+
+
 def test_without_a_curve_there_is_none(limits):
     limiter = limits.Limiter([-2.7437], [2.7437], [2.62], [10.0], [5000.0], T)
     limiter.reset([0.0], BEGIN)

@@ -28,7 +28,7 @@ def post(policy: ChunkMailbox, actions: np.ndarray, epoch: int = 1, tau: float =
     st.integers(1, H),
     st.integers(0, 2**64 - 1),
     st.floats(allow_nan=False),
-    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-(2**31), 2**31 - 1),
     st.floats(0, 1),
 )
 def test_a_chunk_arrives_as_it_was_posted(n, epoch, tau, first_step, dt):

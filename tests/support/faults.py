@@ -114,7 +114,7 @@ def planted(fault: Fault, monkeypatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         if fault.weights is not None:
             weights = fault.weights
-            patch.setattr(exporter, "Parameters", lambda read: Parameters(lambda name: weights(name, read)))
+            patch.setattr(exporter, "Parameters", lambda read, _: Parameters(lambda name: weights(name, read)))
 
         def wrong(graph, spec, target):
             lowered = lower(graph, fault.spec(spec) if fault.spec else spec, target)

@@ -1,8 +1,7 @@
 """What each arm's driver does with its motors, as Markdown; ``python -m support.manners_table`` in tests/ writes it."""
 
-from support.safety_table import DOCUMENT
-
 from chatvla_edge.drivers import registry
+from support.safety_table import DOCUMENT
 
 BEGIN, END = "<!-- manners: written by tests/support/manners_table.py -->", "<!-- end of manners -->"
 

@@ -57,7 +57,7 @@ class ProcessRig:
             factory, arguments = "support.lag_arm:LagArm", {"start": starts[at : at + arm.axes].tolist()}
             if drivers is not None:
                 name, options = drivers[number]
-                factory, arguments = "support.opened:Opened", {"name": name, "options": options, "rate": plan.rate}
+                factory, arguments = "support.real_driver:make", {"name": name, "options": options}
             device_plan = DevicePlan.of(arm, plan.rate, **settings)
             self.devices.append(start_device(device_plan, self.segments, number, factory, arguments))
             at += arm.axes

@@ -161,6 +161,7 @@ SYSTEM = {
     "an old JetPack": (
         {"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID"}, "jetpack", "warn", "6.1 or 6.2 (L4T 36.4.3)"
     ),
+    "a new JetPack": ({"etc/nv_tegra_release": "# R39 (release), REVISION: 2.0"}, "jetpack", "ok", "7.2 (L4T 39.2.0)"),
     "a JetPack to come": ({"etc/nv_tegra_release": "# R41 (release), REVISION: 0.0"}, "jetpack", "warn", "L4T 41.0"),
     "a strange release file": ({"etc/nv_tegra_release": "hello"}, "jetpack", "warn", "hello"),
     "a low power mode": ({"var/lib/nvpmodel/status": "pmode:0001"}, "power mode", "warn", "1 (MODE_30W)"),

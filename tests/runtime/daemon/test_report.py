@@ -14,7 +14,7 @@ from chatvla_edge.runtime.daemon import log_file, report, ros
 from chatvla_edge.runtime.daemon.log_file import Channel, LogWriter
 from chatvla_edge.runtime.servo_records import telemetry
 
-VOID = {"meta", "img", "br", "rect", "polyline"}
+VOID = {"meta", "img", "br"}
 
 
 class Balanced(HTMLParser):
@@ -30,6 +30,10 @@ class Balanced(HTMLParser):
         self.fetched += [
             value for name, value in attributes if name in ("src", "href") and not value.startswith("data:")
         ]
+
+    def handle_startendtag(self, tag, attributes):  # <polyline .../>
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
