@@ -46,6 +46,8 @@ cdef class ArmServo:
     # Bits of Reason that this arm gives for not moving; `arming` is the one in force.
     cdef uint64_t condition(self, int64_t now_ns, uint64_t arming) noexcept nogil
     cdef int64_t age_ns(self, int64_t now_ns) noexcept nogil
+    # Sequence number of the newest state, 0 before the first.
+    cdef uint64_t state_number(self) noexcept nogil
     cdef uint64_t faults(self) noexcept nogil
     # At rest where the arm is; False if that is unknown or outside the limits.
     cdef bint start(self, int64_t tick_ns) noexcept nogil

@@ -97,6 +97,9 @@ cdef class ArmServo:
     cdef int64_t age_ns(self, int64_t now_ns) noexcept nogil:
         return now_ns - self.stamp.captured_ns if self.has_state else -1
 
+    cdef uint64_t state_number(self) noexcept nogil:
+        return self.stamp.sequence if self.has_state else 0
+
     cdef uint64_t faults(self) noexcept nogil:
         return self.state.faults if self.has_state else 0
 

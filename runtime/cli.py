@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from chatvla_edge.drivers.errors import DriverError
 from chatvla_edge.runtime.install import conflicts
 
 ROOT_HELP = "Runs a trained ChatVLA-2 policy on a robot: export a checkpoint, verify it, run it at native rate."
@@ -78,12 +79,13 @@ def application() -> typer.Typer:
 def main() -> None:
     """Console entry point.
 
-    A missing optional library is a plain sentence that names the extra to install; `ValueError` and `OSError` carry
-    messages written for the user, so they are shown without a traceback. Anything else is a defect and shows one.
+    A missing optional library is a plain sentence that names the extra to install; `ValueError`, `OSError` and
+    `DriverError` carry messages written for the user, so they are shown without a traceback. Anything else is a defect
+    and shows one.
     """
     try:
         application()()
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+    except (ModuleNotFoundError, ValueError, OSError, DriverError) as error:
         sentence = missing_library(error) if isinstance(error, ModuleNotFoundError) else str(error)
         # Read off the arguments, since an error may arise before typer has parsed them.
         if sentence is None or sys.argv[1:2] == ["--traceback"]:

@@ -48,6 +48,7 @@ cdef class DeviceGate:
     cdef uint64_t doing
     cdef uint64_t faults
     cdef uint64_t quitting
+    cdef uint64_t clearing
     cdef StateRecord state
     cdef double target[MOST_AXES]
     cdef double speed[MOST_AXES]
@@ -59,6 +60,7 @@ cdef class DeviceGate:
     cdef bint _fits(self, const CommandRecord *command, int64_t now_ns) noexcept nogil
     cdef void _brake(self, uint64_t fault) noexcept nogil
     cdef bint _braked(self) noexcept nogil
+    cdef bint _apart(self) noexcept nogil
     cdef void _stay(self, int64_t now_ns) noexcept nogil
 
 cdef class DeviceLoop:

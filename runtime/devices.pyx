@@ -121,7 +121,7 @@ cdef class DeviceGate:
             if self.answered_ns and now_ns - self.answered_ns > self.silence_ns:
                 self.lost = True
                 self.faults |= 1 << FAULT_UNANSWERED
-            elif self.lost:
+            elif self.lost or (self.doing == DEVICE_HOLDING and self._apart()):
                 self._stay(now_ns)
         # A command taken in this cycle is this cycle's step; a step of the stop on top of it would be two.
         if self.doing == DEVICE_BRAKING and not moved and self._braked():
@@ -204,8 +204,17 @@ cdef class DeviceGate:
                 for k in range(14):
                     self.stops[i * 14 + k] = 0  # none found: stands from here
 
+    cdef bint _apart(self) noexcept nogil:
+        """Whether an axis is further from where it is held than a first command may lead."""
+        cdef Py_ssize_t i
+        for i in range(self.axes):
+            if not -self.reach <= self.state.q[i] - self.target[i] <= self.reach and isfinite(self.state.q[i]):
+                return True
+        return False
+
     cdef void _stay(self, int64_t now_ns) noexcept nogil:
-        """The arm answers again. What it was sent meanwhile may never have arrived: it is held where it is found."""
+        """Hold the arm where it is found: it answers again after commands that it may never have heard, or something
+        keeps it from where it is held, and when that lets go it must not spring there."""
         cdef Py_ssize_t i
         self.lost = False
         self.doing = DEVICE_HOLDING
@@ -286,12 +295,28 @@ cdef class DeviceLoop:
         with nogil:
             act = self.gate.c_step(now_ns)
         self._drive(act)
+        if load_relaxed(&self.gate.clearing) and self.gate.doing in (DEVICE_IDLE, DEVICE_HOLDING, DEVICE_STOPPED):
+            self._clear()
         self._measure(now_ns)
         return self.gate.doing
 
     def quit(self):
         """Let `run` brake, hold, take the stop action and return; from any thread."""
         store_relaxed(&self.gate.quitting, 1)
+
+    def clear(self):
+        """Let `run` ask the driver to end the arm's fault, as soon as no command flows; from any thread."""
+        store_relaxed(&self.gate.clearing, 1)
+
+    def _clear(self):
+        cdef DeviceGate gate = self.gate
+        store_relaxed(&gate.clearing, 0)
+        try:
+            self.driver.clear()
+            log.info("%s: cleared, on the operator's word", gate.plan.name)
+        except Exception as error:
+            log.exception("%s: the fault stays", gate.plan.name)
+            self._tell(f"clear: {type(error).__name__}: {error}")
 
     def histograms(self):
         """Copies of ``lateness`` (of wake-ups) and ``cost`` (of a cycle, driver included), in ns."""

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # how often the main thread looks after its loop
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
+CLEAR = signal.SIGUSR1  # to a device: the operator says that the arm's fault may be ended
 
 
 # ---------------------------------------------------------------------------------------------- in whoever starts them
@@ -139,15 +140,21 @@ def device_main(spec: dict[str, Any]) -> None:
     loop = DeviceLoop(plan, DeviceWires(**spec["wires"]), driver)
     try:
         driver.open(plan.rate)
-        _attend(spec, loop.run, loop.quit, lambda: None)
+        _attend(spec, loop.run, loop.quit, lambda: None, loop.clear)
     finally:
         driver.close()
 
 
-def _attend(spec: dict[str, Any], run: Callable[[], None], leave: Callable[[], None], look: Callable[[], None]) -> None:
-    """Run the loop on a thread of its own and look after it until it ends."""
+def _attend(
+    spec: dict[str, Any],
+    run: Callable[[], None],
+    leave: Callable[[], None],
+    look: Callable[[], None],
+    clear: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the loop on a thread of its own and look after it until it ends; ``clear``: upon `CLEAR`."""
     # Blocked before the thread is made, so that no signal interrupts the loop's sleep: only sigtimedwait sees them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {CLEAR})
     failure: list[BaseException] = []
 
     def body() -> None:
@@ -163,7 +170,10 @@ def _attend(spec: dict[str, Any], run: Callable[[], None], leave: Callable[[], N
     thread = threading.Thread(target=body, name="loop")
     thread.start()
     while thread.is_alive():
-        if signal.sigtimedwait(SIGNALS, LOOK_SECONDS) is not None or os.getppid() != spec["parent"]:
+        heard = signal.sigtimedwait(SIGNALS | {CLEAR}, LOOK_SECONDS)
+        if heard is not None and heard.si_signo == CLEAR:
+            clear()
+        elif heard is not None or os.getppid() != spec["parent"]:
             leave()
             thread.join()
         else:

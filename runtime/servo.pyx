@@ -41,6 +41,7 @@ from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_APPROACH, BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_CHUNK_STALE, BECAUSE_DAMAGED_MODE, BECAUSE_ESTOP,
     BECAUSE_HOLD, BECAUSE_HOME, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_PARK, BECAUSE_REST, BECAUSE_STALLED,
     BECAUSE_START_REFUSED, BECAUSE_STARVED, BECAUSE_STATE_STALE, BECAUSE_STOP, BECAUSE_UNARMED, BECAUSE_UNREACHABLE,
+    GIVEN_ESTOP, GIVEN_LEASE, GIVEN_QUIT,
     SERVO_APPROACHING, SERVO_BRAKING, SERVO_IDLE, SERVO_STANDING, SERVO_STOPPING, SERVO_TRACKING, StatusRecord,
     WANT_BRAKE, WANT_HOLD, WANT_HOME, WANT_PARK, WANT_REST, WANT_STOP, WANT_TRACK,
 )
@@ -194,7 +195,7 @@ cdef class Servo:
 
     cdef uint64_t _gate(self, int64_t tick_ns, int64_t now_ns) noexcept nogil:
         """Every reason not to move that is known before the chunks; arms the robot where the mode asks for it."""
-        cdef uint64_t bits = 0
+        cdef uint64_t bits = 0, given = 1 << GIVEN_LEASE
         cdef uint64_t wanted, arming = self.status.arming
         cdef bint asked
         cdef Stamp stamp
@@ -203,7 +204,9 @@ cdef class Servo:
             self.mode = self.mode_scratch
             self.mode_seen = stamp.sequence
         wanted = self.mode.wanted
-        if self.mode_seen == 0 or load_relaxed(&self.quitting):
+        if load_relaxed(&self.quitting):
+            given |= 1 << GIVEN_QUIT
+        if self.mode_seen == 0 or given & 1 << GIVEN_QUIT:
             wanted = WANT_REST
         elif wanted > WANT_PARK or not 0 < self.mode.speed <= 1:
             wanted = WANT_STOP
@@ -216,8 +219,11 @@ cdef class Servo:
 
         if not c_lease_valid(&self.lease_page, now_ns):
             bits |= 1 << BECAUSE_NO_LEASE
+            given = given & ~(1 << GIVEN_LEASE)
         if c_stop_raised(&self.stop_page):
             bits |= 1 << BECAUSE_ESTOP
+            given |= 1 << GIVEN_ESTOP
+        self.reports.row.given = given
         for i in range(self.arm_count):
             bits |= (<ArmServo>self.arm[i]).condition(now_ns, arming)
         if asked and not bits & LATCHING_BITS:
@@ -423,6 +429,7 @@ cdef class Servo:
         for i in range(self.arm_count):
             status.state_age_ns[i] = (<ArmServo>self.arm[i]).age_ns(now_ns)
             status.arm_faults[i] = (<ArmServo>self.arm[i]).faults()
+            self.reports.row.states[i] = (<ArmServo>self.arm[i]).state_number()
             at += (<ArmServo>self.arm[i]).report(
                 arms + at, arms + self.axes + at, arms + 2 * self.axes + at, arms + 3 * self.axes + at
             )
@@ -433,6 +440,9 @@ cdef class Servo:
         else:
             for i in range(self.actions):
                 self.reports.raw[i] = NAN
+        self.reports.row.mode = self.mode_seen
+        self.reports.row.wish = self.mode
+        self.reports.row.looked_at = self.inbox.seen
         self.reports.publish_telemetry(status, clipped, now_ns)
 
     # ---------------------------------------------------------------------------------------------------- the loop

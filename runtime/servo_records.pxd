@@ -144,6 +144,13 @@ cdef struct StatusRecord:
     int64_t state_age_ns[MOST_ARMS]  # -1 before the first state
     uint64_t arm_faults[MOST_ARMS]   # as the device says
 
+# What a tick was given beside its chunk and the arms' states: bits of TelemetryHeader.given.
+cdef enum Given:
+    GIVEN_LEASE = 0  # it was valid
+    GIVEN_ESTOP      # it was raised
+    GIVEN_QUIT       # the servo was told to end
+    GIVEN_COUNT
+
 # A row of the telemetry ring: this header, then float64 raw [A], fused [A], tracked [J], limited [J], sent [J] and
 # measured [J], where J counts the axes of all arms in order. The last two are as the device reported last: what the
 # arm was really told, and where it was.
@@ -158,3 +165,11 @@ cdef struct TelemetryHeader:
     uint64_t chunk      # mailbox number
     double tau
     double tau_rate
+    # The inputs of the tick, so that it can be computed again (`chatvla-edge replay`): the mode record as it was read,
+    # even a damaged one, whose sequence number is 0 before the first; bits of Given; the mailbox number of the newest
+    # chunk looked at, taken or refused; and the sequence number of each arm's state, which the next tick acts upon.
+    uint64_t mode
+    ModeRecord wish
+    uint64_t given
+    uint64_t looked_at
+    uint64_t states[MOST_ARMS]

@@ -7,6 +7,7 @@ AXES_AT_MOST: int
 WANTED: tuple[str, ...]
 SERVO_DOING: tuple[str, ...]
 REASONS: tuple[str, ...]
+GIVEN: tuple[str, ...]
 DEVICE_DOING: tuple[str, ...]
 DEVICE_FAULTS: tuple[str, ...]
 LATCHING: int

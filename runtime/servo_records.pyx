@@ -9,7 +9,7 @@ import numpy as np
 
 from chatvla_edge.runtime.servo_records cimport (
     BECAUSE_ARM_FAULT, BECAUSE_BRAKE, BECAUSE_ESTOP, BECAUSE_LIMITS, BECAUSE_NO_LEASE, BECAUSE_STALLED,
-    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, WANT_PARK, WORDS,
+    BECAUSE_STATE_STALE, BECAUSE_STOP, DEVICE_FAULT_COUNT, GIVEN_COUNT, MOST_ARMS, MOST_AXES, REASON_COUNT, WANT_PARK, WORDS,
     CommandRecord, ModeRecord, StateRecord, StatusRecord, TelemetryHeader,
 )
 
@@ -39,6 +39,7 @@ REASONS = (
     "home",  # wanted by the supervisor, as the next: on the way to that pose, or there
     "park",
 )
+GIVEN = ("lease", "estop", "quit")
 DEVICE_DOING = ("idle", "following", "braking", "holding", "stopped")
 DEVICE_FAULTS = ("silence", "lease", "estop", "command", "driver", "arm", "unanswered")
 
@@ -79,10 +80,11 @@ STATUS = np.dtype(
 TELEMETRY_HEADER = [
     ("tick", "<u8"), ("tick_ns", "<i8"), ("late_ns", "<i8"), ("cost_ns", "<i8"), ("doing", "<u8"), ("reasons", "<u8"),
     ("clipped", "<u8"), ("chunk", "<u8"), ("tau", "<f8"), ("tau_rate", "<f8"),
+    ("mode", "<u8"), *MODE.descr, ("given", "<u8"), ("looked_at", "<u8"), ("states", "<u8", MOST_ARMS),
 ]
 
 assert len(WANTED) == WANT_PARK + 1
-assert len(REASONS) == REASON_COUNT and len(DEVICE_FAULTS) == DEVICE_FAULT_COUNT
+assert len(REASONS) == REASON_COUNT and len(GIVEN) == GIVEN_COUNT and len(DEVICE_FAULTS) == DEVICE_FAULT_COUNT
 assert MODE.itemsize == sizeof(ModeRecord) and COMMAND.itemsize == sizeof(CommandRecord)
 assert STATE.itemsize == sizeof(StateRecord) and STATUS.itemsize == sizeof(StatusRecord)
 assert np.dtype(TELEMETRY_HEADER).itemsize == sizeof(TelemetryHeader)

@@ -26,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> "Report":
     """Play, score and compare; goals are those of the issue's paired gates."""
+    from functools import partial
     from tempfile import TemporaryDirectory
 
     from rich.console import Console
@@ -48,9 +49,7 @@ def run(options: Namespace) -> "Report":
             results = {}
             for name in names:
                 task = bar.add_task(name, total=3 * count)
-                results[name] = trials(
-                    name, checkpoint, work, count, options.highest, lambda task=task: bar.advance(task)
-                )
+                results[name] = trials(name, checkpoint, work, count, options.highest, partial(bar.advance, task))
         if options.sheet:
             contact_sheet("fp32", checkpoint, work, options.sheet, options.highest)
     return report(results)

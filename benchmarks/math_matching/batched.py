@@ -83,7 +83,7 @@ def experts(layer: MixtureOfExperts, rows: Tensor) -> Tensor:
     order = ids.flatten().argsort(stable=True)
     token = order // layer.router.top_k
     counts = torch.bincount(ids.flatten(), minlength=len(layer.routed)).tolist()
-    parts = rows.index_select(0, token).split(counts)
+    parts = torch.split(rows.index_select(0, token), counts)
     mixed = torch.cat([expert(part) for expert, part in zip(layer.routed, parts, strict=True)])
     scaled = mixed * weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(rows).index_add(0, token, scaled)

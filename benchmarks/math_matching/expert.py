@@ -42,7 +42,7 @@ def arm_for(place: int) -> int:
     return _ARM_OF_PLACE[place]
 
 
-def minimum_jerk(u: Array | float) -> Array:
+def minimum_jerk(u: NDArray[np.floating] | float) -> Array:
     """Share of the way after the share u of the time, both 0..1."""
     u = np.clip(u, 0.0, 1.0)
     share: Array = u * u * u * (10 - 15 * u + 6 * u * u)
@@ -107,7 +107,7 @@ def chunk(state: NDArray[np.floating], aim: Goal) -> Array:
     return out
 
 
-def _towards(opening: float, wanted: float, seconds: Array) -> Array:
+def _towards(opening: float, wanted: float, seconds: NDArray[np.floating]) -> Array:
     """The opening after so long, on its way to the wanted one."""
     reach = GRIP_SPEED * seconds
     moved: Array = opening + np.clip(wanted - opening, -reach, reach)

@@ -36,7 +36,7 @@ def tokenizer() -> str:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    out.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    out.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)  # type: ignore[call-arg]
     corpus = [f"system\n{SYSTEM}", "user\n", INSTRUCTION, "assistant\n", "\n"]
     for equation in equations(81):
         for held in (None, 0):
@@ -72,7 +72,8 @@ def tokenizer() -> str:
 def spec(tokenizer_json: str) -> PolicySpec:
     """The nano geometry for a tokenizer."""
     words = Tokenizer.from_str(tokenizer_json)
-    ids = {field: words.token_to_id(text) for text, field in SPECIAL.items()}
+    vocabulary_of = words.get_vocab(with_added_tokens=True)
+    ids = {field: vocabulary_of[text] for text, field in SPECIAL.items()}
     # A multiple of 32: whole rows for the output head's kernels.
     vocabulary = -(-words.get_vocab_size() // 32) * 32
     return PolicySpec(

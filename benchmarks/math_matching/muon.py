@@ -23,7 +23,8 @@ def orthogonal(momentum: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x.mT if tall else x).to(momentum.dtype)
+    out: Tensor = (x.mT if tall else x).to(momentum.dtype)
+    return out
 
 
 class Optimizer:

@@ -29,9 +29,12 @@ from chatvla_edge.export.model import ddim
 from chatvla_edge.export.model.backbone import mrope_positions
 from chatvla_edge.export.model.policy import ChatVLA2
 from chatvla_edge.export.model.prompt import Prompt
+from chatvla_edge.export.model.scaledp import Block, FinalLayer
 
 GRID = (8, 12)
 CELLS = GRID[0] * GRID[1] // 4
+NOT_YET_CARRIED = 0.06  # m: a held card below this is still among the others
+LIFTED_SHARE = 0.12  # of a batch are such moments, beside those that come by chance
 SCALE = 0.1  # m: positions are regressed in these
 
 
@@ -202,10 +205,10 @@ def write_texts(data: Moments, prompt: Prompt) -> Texts:
         rows.append([*encoded.ids, prompt.tokens.im_end])
         spots.append(spot)
     longest = max(map(len, rows))
-    ids, spot = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
-    for index, (row, mark) in enumerate(zip(rows, spots, strict=True)):
-        ids[index, : len(row)], spot[index, : len(mark)] = torch.tensor(row), torch.tensor(mark)
-    return Texts(ids, torch.tensor([len(row) for row in rows]), spot)
+    ids, marked = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
+    for index, (row, spot) in enumerate(zip(rows, spots, strict=True)):
+        ids[index, : len(row)], marked[index, : len(spot)] = torch.tensor(row), torch.tensor(spot)
+    return Texts(ids, torch.tensor([len(row) for row in rows]), marked)
 
 
 def _picks(numbers: Sequence[int], order: Sequence[int], known: int) -> list[tuple[str, bool]]:
@@ -249,6 +252,9 @@ class Language:
         self.asks = {self.prompt.tokenizer.encode(word, add_special_tokens=False).ids[0] for word in words}
         self.figure = {self.prompt.tokenizer.token_to_id(str(figure)): figure for figure in range(10)}
         self.text_figures = torch.tensor([self._figures(row) for row in self.texts.ids.tolist()])
+        held = world.train.held
+        near = world.train.card[np.arange(len(held)), held.clip(0), 1] < NOT_YET_CARRIED
+        self.lifted = np.flatnonzero((held >= 0) & near)
         self.prompt_ids = torch.tensor(self.prompt.ids([GRID], texts.INSTRUCTION))
         self.start = len(self.prompt_ids)
         self.all = equations(world.highest)
@@ -327,14 +333,16 @@ class Language:
     def loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """Next-token cross entropy (10 tokens of a text are news) and positions in units of SCALE."""
         index = rng.integers(len(self.texts.ids), size=self.batch)
-        pick = torch.from_numpy(index)
+        # A card just lifted looks nearly like one that lies there, and is rare.
+        rare = self.lifted[rng.integers(len(self.lifted), size=self.batch)]
+        pick = torch.from_numpy(np.where(rng.random(self.batch) < LIFTED_SHARE, rare, index))
         ids = self.texts.ids[pick]
         seen = self._embedded(self.features[pick].float(), ids)
         lines = [self._sentence(rng) for _ in range(self.sentences)]
         words = torch.zeros(self.sentences, self.count, dtype=torch.int64)
         known = torch.zeros(self.sentences, self.count, dtype=torch.bool)
-        for row, (line, mask) in enumerate(lines):
-            words[row, : len(line)], known[row, : len(mask)] = torch.tensor(line), torch.tensor(mask)
+        for row, (line, sure) in enumerate(lines):
+            words[row, : len(line)], known[row, : len(sure)] = torch.tensor(line), torch.tensor(sure)
         embedded = torch.cat([seen, self.backbone.embed(words)])
         rotary = tuple(
             torch.cat([a.expand(self.batch, 1, -1, -1), b.expand(self.sentences, 1, -1, -1)])
@@ -535,14 +543,12 @@ class Head:
 
 def _zero_gates(model: ChatVLA2) -> None:
     """adaLN-Zero: every block starts as the identity, and the last layer says nothing."""
+    last = model.head.final_layer
+    modulations = [part for part in model.head.modules() if isinstance(part, (Block, FinalLayer))]
     with torch.no_grad():
-        for block in model.head.blocks:
-            block.adaLN_modulation[1].weight.zero_()
-            block.adaLN_modulation[1].bias.zero_()
-        model.head.final_layer.adaLN_modulation[1].weight.zero_()
-        model.head.final_layer.adaLN_modulation[1].bias.zero_()
-        model.head.final_layer.linear.weight.zero_()
-        model.head.final_layer.linear.bias.zero_()
+        for part in (*(part.adaLN_modulation for part in modulations), last.linear):
+            for value in part.parameters():
+                value.zero_()
         nn.init.normal_(model.head.pos_embed, std=0.02)
 
 
@@ -572,9 +578,9 @@ class Join:
         """Fit the reasoning projector to the oracle's embedding, in the head's metric; the input's part starts at 0."""
         head, fusion = self.model.head, self.model.fusion
         with torch.no_grad():
-            fusion.input_projector[2].weight.zero_()
-            fusion.input_projector[2].bias.zero_()
-            wanted = torch.cat([self.oracle(part) for part in self.data.goal.split(4096)])
+            for value in fusion.input_projector[2].parameters():
+                value.zero_()
+            wanted = self.oracle(self.data.goal)
         parameters = list(fusion.reasoning_projector.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
         hidden = wanted.shape[1]
@@ -590,7 +596,7 @@ class Join:
             difference, spread = (guess - right) @ metric.T, (right - right.mean(0)) @ metric.T
             loss = (difference**2).mean() / (spread**2).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             unexplained = float(loss)
         log.write("fit", steps, {"unexplained": unexplained, **self.judge()})

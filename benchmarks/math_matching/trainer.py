@@ -73,14 +73,14 @@ def run(step: Step, steps: int, folder: Path, log: Log, judge_every: int) -> Non
             # Each step draws from a generator of its own: a resumed run sees the batches that it would have seen.
             loss, figures = step.loss(np.random.default_rng([at, 45]))
             optimizer.zero()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step(schedule(at, steps, step.constant))
             decay = min(step.average, (at + 1) / (at + 10))
             with torch.no_grad():
                 for name, value in parameters.items():
                     average[name].lerp_(value, 1 - decay)
-            for key, value in figures.items():
-                seen.setdefault(key, []).append(value)
+            for key, figure in figures.items():
+                seen.setdefault(key, []).append(figure)
             bar.advance(task)
             last = at + 1 == steps
             if (at + 1) % SAVE_EVERY == 0 or last:

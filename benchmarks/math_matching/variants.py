@@ -52,10 +52,11 @@ def _blocks(bits: int) -> Callable[[Tensor], Tensor]:
 
 def _two_bits(weight: Tensor) -> Tensor:
     """Blocks of 32 with a scale and an offset, four levels: the best that round-to-nearest can do with two bits."""
-    blocks = weight.float().unflatten(1, (-1, 32))
+    blocks = weight.float().view(len(weight), -1, 32)
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     step = (high - low).clamp(min=1e-12) / 3
-    return (((blocks - low) / step).round() * step + low).flatten(1)
+    levels: Tensor = ((blocks - low) / step).round()
+    return (levels * step + low).flatten(1)
 
 
 def _rotated(tensors: Tensors) -> Tensors:

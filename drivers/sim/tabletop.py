@@ -194,7 +194,7 @@ def _sign(
     def end(dx: float, dy: float) -> tuple[float, float]:
         return x + dx * reach + rng.normal(0, 0.0025), y + dy * reach + rng.normal(0, 0.0025)
 
-    lines = {
+    lines: dict[str, list[tuple[float, float, float, float]]] = {
         "+": [(-1, 0, 1, 0), (0, -1, 0, 1)],
         "-": [(-1, 0, 1, 0)],
         "*": [(-0.8, -0.8, 0.8, 0.8), (-0.8, 0.8, 0.8, -0.8)],
@@ -213,7 +213,7 @@ def home_state() -> Array:
 class Tabletop:
     """The world. `highest`: the largest number on a card.
 
-    picks: what each closing gripper took, as (time, index of the card); placed: the card that lies on the board.
+    picks: what each closing gripper took, as (time, card's index); placed: the card whose centre lies on the board.
     """
 
     highest: int = 9

@@ -16,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from chatvla_edge.runtime.daemon.deploy import Switched
     from chatvla_edge.runtime.daemon.places import Run
+    from chatvla_edge.runtime.daemon.replay import Comparison
 
 app = typer.Typer()
 bundles = typer.Typer(no_args_is_help=True, help="Which bundle a robot runs: switch the link that leads to it.")
@@ -393,3 +394,84 @@ def report(
     place = output or folder / "report.html"
     pages.write(session, place)
     console.print(f"{place}: {place.stat().st_size / 1e6:.1f} MB", highlight=False)
+
+
+@app.command("replay")
+def replay(
+    session: Annotated[Path, typer.Argument(help="A session's folder, or one .mcap file.", exists=True)],
+    bundle: Annotated[
+        Path | None, typer.Option(help="Ask this bundle the session's queries instead.", exists=True, file_okay=False)
+    ] = None,
+    queries: Annotated[int | None, typer.Option(help="With --bundle: only the first so many.", min=1)] = None,
+    threads: Annotated[int, typer.Option(help="With --bundle: compute threads of the policy.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a session's commands again from its recorded inputs. Exit code 1 where one differs.
+
+    With `--bundle`: its queries again, by another bundle, beside what was answered then.
+    """
+    if bundle is not None:
+        from chatvla_edge.runtime.daemon import replay_policy
+
+        answers = replay_policy.replay(session, bundle, threads, queries)
+        if as_json:
+            typer.echo(json.dumps(answers))
+        else:
+            show_answers(answers)
+        return
+    from chatvla_edge.runtime.daemon import replay as plane
+
+    found = plane.replay(session)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        show_replay(found)
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def show_replay(found: "Comparison") -> None:
+    """What the replay of a servo found."""
+    table = Table("stage", "numbers that differ", "largest difference", "first: tick, axis", "recorded", "replayed")
+    for stage, count in found.different.items():
+        first = found.first[stage]
+        values = (f"{first[name]:.17g}" for name in ("recorded", "replayed"))
+        place = f"{first['tick']}, {first['axis']}"
+        table.add_row(stage, str(count), f"{found.largest[stage]:.3g}", place, *values)
+    if found.different:
+        console.print(table)
+    how = "bit by bit" if found.same_build else "within 1e-9, as this is not the recording's build or machine"
+    console.print(f"{found.replayed} of {found.ticks} ticks replayed, {found.moving} of them commanded", soft_wrap=True)
+    for stop in found.stops:
+        line = f"not compared from tick {stop['tick']} on: {stop['why']}"
+        console.print(Text(line, "yellow"), soft_wrap=True)
+    wrong = found.different.get("limited", 0)
+    verdict = f"{wrong} of {found.compared} commands differ" if wrong else f"all {found.compared} commands are equal"
+    console.print(Text(f"{verdict}, compared {how}", "red" if wrong else "green"), soft_wrap=True)
+
+
+def show_answers(answers: dict[str, Any]) -> None:
+    """What another bundle answered, beside what was answered then."""
+    lines = answers["queries"]
+    table = Table("query", "reasoning", "chunk rms", "chunk max", "then ms", "now ms", "picture apart ms")
+    for line in lines:
+        table.add_row(
+            str(line["query"]),
+            Text("equal", "green")
+            if line["text_equal"]
+            else Text(f"{line['recorded_text']} | {line['text']}", "yellow"),
+            *(f"{line[name]:.4g}" for name in ("rms", "max")),
+            *(f"{line[name]:.1f}" for name in ("recorded_ms", "ms", "picture_apart_ms")),
+        )
+    console.print(table)
+    table = Table("component", "unit", "rms", "max", title="difference of the chunks")
+    for part in answers["components"]:
+        table.add_row(part["name"], part["unit"], f"{part['rms']:.4g}", f"{part['max']:.4g}")
+    console.print(table)
+    console.print(
+        f"{answers['texts_equal']} of {len(lines)} reasoning texts equal; median query "
+        f"{answers['recorded_ms_p50']:.1f} ms then, {answers['ms_p50']:.1f} ms now; "
+        f"{answers['same_picture']} queries with the very frames they saw"
+    )
+    for note in answers["notes"]:
+        console.print(Text(note, "yellow"), soft_wrap=True)

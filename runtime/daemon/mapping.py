@@ -6,6 +6,7 @@ refused with both sides named, before anything is started.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from chatvla_edge.drivers.protocols import AxisBounds
 from chatvla_edge.drivers.rig import Arm as RigArm
 from chatvla_edge.drivers.rig import GripperAxis, Rig
 from chatvla_edge.runtime import rotations
-from chatvla_edge.runtime.arm_model import load_arm
+from chatvla_edge.runtime.arm_model import ArmModel, load_arm, read_arm
 from chatvla_edge.runtime.bundle import (
     Contents,
     Gripper,
@@ -125,13 +126,19 @@ def _gripper_of(rig: Rig, axes: Mapping[str, Axes], arm: str) -> tuple[str, Grip
     )
 
 
+def _chain(arm: RigArm) -> ArmModel:
+    """The kinematics that the rig names: an arm of ours, or a URDF file."""
+    chain = str(arm.chain)
+    return read_arm(Path(chain)) if chain.endswith(".urdf") else load_arm(chain)
+
+
 def _tool(arm: RigArm, transform: Transform | None, name: str) -> tuple[float, ...]:
     """The tool centre point in the last joint's frame: 12 numbers, the flange's own offset included."""
     if arm.chain is None:
         raise MappingError(f"the policy speaks of the pose of {name!r}; the rig's arms.{name}.chain is not stated")
     if transform is None:
         raise MappingError(f"the policy's flange_to_tcp of {name!r} is not stated")
-    flange = load_arm(arm.chain).tool
+    flange = _chain(arm).tool
     w, *xyz = transform.quaternion_wxyz
     turn = rotations.decode("quaternion_xyzw", [*xyz, w])
     rotation = flange[:9].reshape(3, 3)
@@ -163,7 +170,7 @@ def _limits(name: str, arm: RigArm, axes: Axes) -> AxisLimits:
     limits, bounds = arm.limits, axes.bounds
     curve = None
     if arm.chain is not None:
-        model = load_arm(arm.chain)
+        model = _chain(arm)
         if model.curve is not None and len(model.joints) == len(axes.names):
             curve = tuple(tuple(row) for row in model.curve.tolist())
     count = len(axes.names)
@@ -290,7 +297,7 @@ class StateReader:
             if part.arm not in chains:
                 arm = rig.arms[part.arm]
                 tool = _tool(arm, tools[part.arm], part.arm)
-                model = load_arm(str(arm.chain))
+                model = _chain(arm)
                 chains[part.arm] = (Kinematics(model, flange_to_tool=np.array(tool)), len(model.joints))
             kinematics, joints = chains[part.arm]
             codec = _codec(part) if isinstance(part, TcpRotation) else None

@@ -23,7 +23,7 @@ from chatvla_edge.runtime import processes, servo_plan
 from chatvla_edge.runtime.arbiter import Act, Arbiter, Decision, Order, Request
 from chatvla_edge.runtime.bundle import Bundle
 from chatvla_edge.runtime.camera_process import start_camera
-from chatvla_edge.runtime.daemon import mapping
+from chatvla_edge.runtime.daemon import mapping, replay
 from chatvla_edge.runtime.daemon.children import Child, Process, spawn
 from chatvla_edge.runtime.daemon.control import Server
 from chatvla_edge.runtime.daemon.notify import notify, watchdog_period
@@ -245,6 +245,7 @@ class Supervisor:
             "checkpoint": provenance.checkpoint_sha256,
             "variant": provenance.variant,
             "plan": json.loads(servo_plan.to_json(self.plan)),
+            "build": replay.build(),
             "first_step": self.manifest.timing.first_step,
         }
 
@@ -372,6 +373,11 @@ class Supervisor:
         """Put a request to the arbiter now, and say what it says."""
         decision = self._decide((request,))
         (reply,) = decision.replies
+        if request.act is Act.CLEAR and reply.accepted:
+            # What the arms themselves have latched (a reflex, a motor's fault) ends on the operator's word only, too.
+            for name, child in self.children.items():
+                if name.startswith("device ") and child.process is not None and child.process.poll() is None:
+                    child.process.send_signal(processes.CLEAR)
         return {"ok": reply.accepted, "text": reply.text, "reasons": reply.sentences()[1:], "mode": self.mode}
 
     @property

@@ -347,3 +347,49 @@ def test_an_arm_that_answers_again_is_held_where_it_is_found():
         bench.cycle()
         np.testing.assert_array_equal(bench.driver.told[-1], found)
     assert bench.doing == "holding"
+
+
+def test_a_fault_of_the_arm_is_ended_on_the_operators_word_and_only_while_no_command_flows():
+    bench = Bench()
+    cleared = []
+    bench.driver.clear = lambda: cleared.append(True)
+    bench.follow()
+    bench.loop.clear()
+    bench.send()
+    bench.cycle()
+    assert bench.doing == "following"
+    assert cleared == []
+    bench.send(moving=0)
+    bench.seconds(0.01)
+    assert cleared == [True]
+
+
+def test_a_fault_that_cannot_be_ended_leaves_the_loop_running():
+    bench = Bench()
+
+    def clear():
+        raise OSError("the button is pressed")
+
+    bench.driver.clear = clear
+    bench.cycle()
+    bench.loop.clear()
+    bench.cycle()
+    assert bench.doing == "idle"
+    assert bench.faults == set()
+
+
+def test_an_arm_that_is_kept_away_from_where_it_is_held_does_not_spring_there_when_it_is_freed():
+    bench = Bench(reach=0.03, hold=None)
+    bench.follow()
+    blocked = bench.driver.q.copy()
+    bench.driver.command = lambda position: bench.driver.told.append(position.copy())
+    q, v = bench.record["q"][:AXES].copy(), bench.record["dq"][:AXES].copy()
+    for _ in range(30):
+        q += v * PERIOD * 1e-9
+        bench.send(q=q, ddq=0)
+        bench.cycle()
+    bench.granting = False
+    bench.lease.revoke()
+    bench.seconds(1.5)
+    assert bench.doing == "holding"
+    np.testing.assert_array_equal(bench.driver.told[-1], blocked)

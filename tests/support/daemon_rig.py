@@ -154,10 +154,11 @@ class DaemonRig:
         return np.array([number for device in self.status["devices"] for number in device["measured"]], float)
 
     def standing(self, seconds=0.4):
-        """Whether no axis moves for a while."""
+        """Whether no axis that tells its position moves for a while."""
         before = self.measured()
         time.sleep(seconds)
-        return bool(np.abs(self.measured() - before).max() < 1e-3)
+        moved = np.abs(self.measured() - before)
+        return bool((moved[np.isfinite(moved)] < 1e-3).all())
 
     def end(self):
         """SIGTERM, and its summary."""
