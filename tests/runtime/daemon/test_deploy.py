@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -284,3 +286,41 @@ def test_a_daemon_keeps_the_bundle_that_it_was_started_with(tmp_path, bundle):
         rig.until_mode("DISARMED")
         rig.until_mode("READY", at_most=60)
         assert target(link) == other
+
+
+@pytest.mark.slow
+@on_a_machine_that_runs
+def test_systemd_is_told_of_start_servo_and_end(tmp_path, bundle):
+    """The watchdog is fed for the servo's sake: a servo that stands still is silence, though the supervisor lives."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    name = f"chatvla-edge-{os.getpid()}-{time.monotonic_ns()}"
+    listener.bind(f"\0{name}")
+
+    def hears(word, seconds):
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            listener.settimeout(left)
+            try:
+                if word in listener.recv(4096).decode().split("\n"):
+                    return True
+            except TimeoutError:
+                break
+        return False
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("NOTIFY_SOCKET", f"@{name}")
+        environment.setenv("WATCHDOG_USEC", "400000")
+        rig = DaemonRig(tmp_path, bundle)
+    with listener, rig:
+        assert hears("READY=1", 20)
+        assert hears("WATCHDOG=1", 20)
+        assert hears("WATCHDOG=1", 20)
+        servo = rig.child("servo")
+        os.kill(servo, signal.SIGSTOP)
+        rig.until_mode("DISARMED", "FAULT")
+        hears("nothing", 0.5)  # what was under way
+        assert not hears("WATCHDOG=1", 2)
+        os.kill(servo, signal.SIGCONT)
+        assert hears("WATCHDOG=1", 20)
+        rig.process.terminate()
+        assert hears("STOPPING=1", 20)
