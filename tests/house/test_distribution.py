@@ -96,7 +96,20 @@ def test_the_installed_wheel_passes_the_fast_tests_outside_the_checkout(elsewher
     )
     assert Path(where).is_relative_to(elsewhere.parents[1]), where
     answer = subprocess.run(
-        [elsewhere, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"],
+        [
+            elsewhere,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "auto",
+            "--maxprocesses",
+            "4",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
