@@ -188,7 +188,7 @@ def test_an_arm_that_is_told_poses_comes_out_again_too(tmp_path):
         xyz = position + 0.05 * np.stack([np.cos(angle) - 1, np.sin(angle), 0 * angle], axis=1)
         rig.post(np.hstack([xyz, np.tile(encode("rot6d_rows", rotation), (HORIZON, 1))]))
         rig.seconds(0.1)
-    assert np.ptp(rig.rows_read()["limited"], axis=0).max() > 0.02
+    assert np.ptp(np.array(rig.commands[0]), axis=0).max() > 0.02
     found = replay(rig.save(tmp_path))
     assert found.complete
     assert found.different == {}
