@@ -96,7 +96,7 @@ class Limits:
     # queries of a tiny int8 bundle most were at 0.02 and the worst at 0.085; another scene's chunk is 0.8 away.
     query_rms: float
     # Relative RMS of what one part of a stage adds, fed the reference's own numbers (see `Part`): no error piles up
-    # here. One rounding of activations or three in a row: 1.7 % was the most seen.
+    # here. One rounding of activations or three in a row: 1.7 % was the most seen; 2 % in `condition`, never cut.
     part: float
 
 

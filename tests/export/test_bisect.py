@@ -27,7 +27,9 @@ FAULTS = {
     "rotary sections exchanged": (
         faults.believed(mrope_section=(1, 3, 4)), [f"language, layer {i}, attention" for i in range(4)]
     ),
-    "embeddings one further": (faults.rolled("backbone.language.embed_tokens.weight"), ["language, embedding"]),
+    "embeddings one further, which the output matrix shares": (
+        faults.rolled("backbone.language.embed_tokens.weight"), ["language, embedding", "language, output matrix"]
+    ),
     "last norm scaled": (faults.scaled("backbone.language.norm.weight"), ["language, final norm"]),
     "patches scaled": (faults.scaled("backbone.visual.patch_embed.proj.weight"), ["vision[4x6], patch embedding"]),
     "a vision block's map transposed": (

@@ -17,7 +17,7 @@ SECOND = 1_000_000_000
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", layers=2)
+    return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", layers=2, sharpness=4)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_two_hundred_queries_with_drafts_are_two_hundred_plain_ones(bundles, pre
     rng = np.random.default_rng(5)
     frames, state = observe(0)
     draft: list[int] = []
-    passes = [0, 0]
+    passes, texts, missed = [0, 0], set(), 0
     for index in range(200):
         if index % 10 == 9:
             frames, _ = observe(index)  # another scene
@@ -78,9 +78,13 @@ def test_two_hundred_queries_with_drafts_are_two_hundred_plain_ones(bundles, pre
         np.testing.assert_array_equal(tried.routing, plain.routing)
         passes[0] += plain.passes
         passes[1] += tried.passes
+        texts.add(tuple(plain.token_ids))
+        missed += bool(draft) and tried.passes > 1
         draft = plain.token_ids
-    # Or drafts were never taken, and nothing was shown.
-    assert passes[1] < 0.7 * passes[0]
+    # Drafts were taken, drafts were wrong, and the model had something to say, or nothing was shown.
+    assert passes[1] < 0.9 * passes[0]
+    assert missed >= 10
+    assert len(texts) >= 10
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
