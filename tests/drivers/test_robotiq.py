@@ -13,6 +13,7 @@ from chatvla_edge.drivers.standins.control import until
 from chatvla_edge.drivers.standins.robotiq import RobotiqStandIn
 
 pytest.importorskip("pymodbus", reason="pymodbus is not installed (extra `robotiq`)")
+pytestmark = pytest.mark.slow  # transactions per second are counted, which wants the machine for itself
 
 OPEN, HALF = np.array([0.085]), np.array([0.04])
 SHUT = np.array([0.0])

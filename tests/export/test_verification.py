@@ -65,7 +65,7 @@ def test_bisect_names_the_layer_on_the_screen_and_in_json(checkpoint, tmp_path, 
     shown = call(*arguments)
     assert shown.exit_code == 1
     assert "first to diverge: language, layer 2, experts" in shown.stdout
-    assert "layer 2 experts" in plain(shown.stdout)
+    assert "first to diverge: language, layer 2, experts" in plain(shown.stdout)
     assert "lowering_parity/parts/language: a block of this stage" in shown.stdout
 
 
