@@ -391,6 +391,9 @@ def main() -> None:
     for stream in (0, 2):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    # It stands for hardware, which waits for no scheduler: refused without the right to it, and then it may be late.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(70))
     server.run()
 
 
