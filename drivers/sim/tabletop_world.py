@@ -29,12 +29,10 @@ class TabletopWorld:
 
     dt = 0.002
 
-    def __init__(self, seed: int, split: Split, highest: int, next_after: float | None = None) -> None:
+    def __init__(self, seed: int, split: Split, highest: int) -> None:
         self._table = Tabletop(highest)
         self._seed, self._split, self._scenes = seed, split, 0
         self._table.reset(seed, split)
-        self._next_after, self._lies_since = next_after, 0.0
-        self._solved = self._missed = 0
 
     @property
     def arms(self) -> dict[str, tuple[int, int]]:
@@ -42,19 +40,8 @@ class TabletopWorld:
         return ARMS
 
     def step(self, targets: Array) -> None:
-        """Let time pass; lay the next scene under the arms when a card has lain on the board for long enough."""
-        table = self._table
-        table.step(targets, self.dt)
-        if table.placed is None or table.held != (None, None):
-            self._lies_since = table.time
-        elif self._next_after is not None and table.time - self._lies_since >= self._next_after:
-            right = table.placed == table.scene.right_place
-            self._solved += right
-            self._missed += not right
-            state = table.state.astype(np.float64)
-            self._seed, self._scenes, self._lies_since = self._seed + 1, self._scenes + 1, 0.0
-            table.reset(self._seed, self._split)
-            table.put(state)
+        """Let time pass."""
+        self._table.step(targets, self.dt)
 
     def position(self) -> Array:
         """[14] rad, m."""
@@ -86,8 +73,6 @@ class TabletopWorld:
             "held": list(table.held),
             "picks": [list(pick) for pick in table.picks],
             "placed": table.placed,
-            "solved": self._solved,
-            "missed": self._missed,
         }
 
 
@@ -126,7 +111,6 @@ class _Table(Options):
     seed: int = Field(default=0, ge=0)
     split: Split = "in_domain"
     highest: int = Field(default=9, ge=1, le=81)
-    next_after: float | None = Field(default=None, ge=0)
 
 
 class TabletopArmOptions(_Table, WorldArmOptions):
@@ -135,7 +119,6 @@ class TabletopArmOptions(_Table, WorldArmOptions):
     Attributes:
         side: which of the two arms.
         seed, split, highest: the first scene; all devices of a world say the same.
-        next_after: how long (s) a card lies on the board before the next scene is laid; null: for ever.
     """
 
     side: Literal["left", "right"]
@@ -146,8 +129,7 @@ class TabletopCameraOptions(WorldCameraOptions, _Table):
 
 
 def _spec(options: TabletopArmOptions | TabletopCameraOptions) -> WorldSpec:
-    arguments: dict[str, Any] = {"seed": options.seed, "split": options.split, "highest": options.highest}
-    arguments["next_after"] = options.next_after
+    arguments = {"seed": options.seed, "split": options.split, "highest": options.highest}
     return WorldSpec(kind=f"{__name__}:TabletopWorld", name=options.world, arguments=arguments)
 
 
