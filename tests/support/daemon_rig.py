@@ -192,23 +192,29 @@ class DaemonRig:
         rows = self.ticks()
         whole = np.diff(rows["tick"].astype(np.int64)) == 1
         rows = rows[: len(rows) if whole.all() else int(np.argmin(whole)) + 1]
-        moving = np.nonzero(rows["doing"])[0]
-        if not len(moving):
-            return {}
-        rows = rows[max(0, moving[0] - 1) :]
         plan = servo_plan.from_json(log_file.metadata(self.session)["plan"])
-        rows["limited"][0] = rows["measured"][0]
-        found, at = {}, 0
-        for arm in plan.arms:
-            limits = arm.limits
-            bounds = limit_oracle.Bounds(
-                np.array(limits.lower), np.array(limits.upper), np.array(limits.velocity),
-                np.array(limits.acceleration), np.array(limits.jerk), plan.period_ns, gap_ns=round(1e9 * plan.gap),
-            )  # fmt: skip
-            sent = rows["limited"][:, at : at + arm.axes]
-            at += arm.axes
-            counts = limit_oracle.violations(bounds, sent[0], int(rows["tick_ns"][0]), rows["tick_ns"][1:], sent[1:])
-            found.update({f"{arm.name} {kind}": count for kind, count in counts.items() if count})
+        found = {}
+        # Each stretch of commands begins at rest, from where the arms were found: they may have been moved in between.
+        moving = np.concatenate([[False], rows["doing"] > 0, [False]])
+        edges = np.flatnonzero(moving[1:] != moving[:-1])
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            if last - first < 2:
+                continue
+            at = 0
+            for arm in plan.arms:
+                limits = arm.limits
+                bounds = limit_oracle.Bounds(
+                    np.array(limits.lower), np.array(limits.upper), np.array(limits.velocity),
+                    np.array(limits.acceleration), np.array(limits.jerk), plan.period_ns,
+                    gap_ns=round(1e9 * plan.gap),
+                )  # fmt: skip
+                sent = rows["limited"][first:last, at : at + arm.axes]
+                ticks = rows["tick_ns"][first:last]
+                at += arm.axes
+                counts = limit_oracle.violations(bounds, sent[0], int(ticks[0]), ticks[1:], sent[1:])
+                for kind, count in counts.items():
+                    if count:
+                        found[f"{arm.name} {kind}"] = found.get(f"{arm.name} {kind}", 0) + count
         return found
 
 
