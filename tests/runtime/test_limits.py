@@ -896,6 +896,31 @@ def test_without_a_tip_the_tool_point_is_the_last_joint(limits):
         assert limiter.start(BEGIN) == refused
 
 
+def turn(axis, angle):
+    x, y, z = axis
+    k = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + math.sin(angle) * k + (1 - math.cos(angle)) * k @ k
+
+
+def test_the_chain_is_right_for_axes_and_frames_that_are_not_aligned(limits):
+    rng = np.random.default_rng(11)
+    for _ in range(8):
+        axes, directions = (v / np.linalg.norm(v, axis=1)[:, None] for v in rng.normal(size=(2, 2, 3)))
+        frames = [turn(directions[i], 0.7 + i) for i in range(2)]
+        shifts, tip, q = rng.uniform(-0.5, 0.5, (2, 3)), rng.uniform(-0.5, 0.5, 3), rng.uniform(-0.9, 0.9, 2)
+        place = tip
+        for i in (1, 0):
+            place = shifts[i] + frames[i] @ turn(axes[i], q[i]) @ place
+        chain = {
+            "origins": [[*frames[i].ravel(), *shifts[i]] for i in range(2)],
+            "axes": axes.tolist(),
+            "tip": tip.tolist(),
+        }
+        limiter = limits.Limiter(**(GOOD | chain), box=[*(place - 1e-9), *(place + 1e-9)])
+        np.frombuffer(limiter.wanted)[:] = q
+        assert limiter.start(BEGIN) == 0
+
+
 def test_the_limiters_own_chain_agrees_with_the_vendors_table(limits):
     # A box just around where the table puts the flange is accepted, one just beside it refused.
     rng = np.random.default_rng(3)
