@@ -21,6 +21,8 @@ from chatvla_edge.runtime.modes import LEASE_NS
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 UNIT = DEPLOY / "chatvla-edge@.service"
+if not UNIT.exists():
+    pytest.skip("the tests run outside a checkout", allow_module_level=True)
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
