@@ -53,12 +53,13 @@ def case(folder: Path) -> Case:
 
 def run(console: Console, folder: Path, seconds: float) -> None:
     """Export, drive, report. Raises ValueError where one of the commands failed."""
+    named, number = folder, 1
+    while folder.exists() and any(folder.iterdir()):  # an earlier demo stays as it is
+        number += 1
+        folder = named.with_name(f"{named.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     shown = case(folder)
     bundle, session = folder / "bundle", folder / "session"
-    for old in (bundle, session):
-        if old.exists():
-            raise ValueError(f"{old} is there already: name another folder with --folder, or remove it")
     console.rule("1  the checkpoint becomes a bundle for the CPU")
     _command("export", shown.checkpoint, "-o", bundle, "--target", "cpu", "--precision", "int8", "--robot", shown.robot)
     console.rule(f"2  {seconds:g} s on the simulated rig {shown.rig}")
