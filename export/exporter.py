@@ -6,7 +6,7 @@ export that was interrupted goes on where it stopped (`ResumableWriter`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,8 +183,7 @@ def _write(
         arrays = {name: read_probe((writer.directory / name).read_bytes()) for name in probes}
         say("judging the engines by the reference (probes) ...")
         results = judge(writer.directory, contents, arrays, settings.threads)
-        draft = arrays[probes[0]]["lowering_parity.token_ids"]
-        parts = _parts(checkpoint, settings, planned, contents, writer.directory, draft)
+        parts = _parts(checkpoint, settings, planned, contents, writer.directory, arrays[probes[0]])
         contents = _judged(contents, [*results, *gates_of(parts)], parts, probes, settings)
     writer.add(PARITY, _json(contents.gates))
     return writer.commit(contents)
@@ -247,19 +246,14 @@ def _parts(
     planned: Plan,
     contents: b.Contents,
     directory: Path,
-    draft: NDArray[np.int64],
+    probe: Mapping[str, NDArray[np.generic]],
 ) -> list[Part]:
-    """Every part of every stage by itself, beside the reference; draft: what it said of the first scene."""
-    head, cameras = checkpoint.spec.head, settings.robot.cameras
-    assert head is not None
-    prompt, normalization = checkpoint.prompt(), checkpoint.normalization(settings.task)
-    named = {camera.name: Preprocessing(camera.preprocessing) for camera in cameras}
-    sizes = [(camera.height, camera.width) for camera in cameras]
-    (scene,) = scenes(1, sizes, normalization, head.horizon)
-    seen = {**observation(checkpoint.spec, named, prompt, normalization, scene), "draft": draft}
+    """Every part of every stage by itself, beside the reference, on the observation of a probe."""
     room.give_back()
     held = streamed(checkpoint.spec, checkpoint.tensor, rounding(planned.form))
-    return bisect(directory, contents, held, seen, settings.threads)
+    # What the reference said there is the draft of what it will say again.
+    observed = {**probe, "draft": probe["lowering_parity.token_ids"]}
+    return bisect(directory, contents, held, observed, settings.threads)
 
 
 def _kept(writer: b.ResumableWriter) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,61 +134,40 @@ def show_summary(summary: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- operator
 
 
-def _ask(rig: str | None, request: dict[str, Any], as_json: bool = False) -> None:
+def _ask(rig: str | None, request: dict[str, Any]) -> None:
     """Put a request to the daemon and print its answer. Exit code 1 for a refusal."""
     from chatvla_edge.runtime.daemon import control, places
 
     answer = control.ask(places.find(rig).socket, request)
-    if as_json:
-        typer.echo(json.dumps(answer))
-    else:
-        console.print(Text(answer["text"], "" if answer["ok"] else "red"))
-        for reason in answer.get("reasons", ()):
-            console.print(Text(f"  {reason}", "yellow"))
+    console.print(Text(answer["text"], "" if answer["ok"] else "red"))
+    for reason in answer.get("reasons", ()):
+        console.print(Text(f"  {reason}", "yellow"))
     if not answer["ok"]:
         raise typer.Exit(1)
 
 
-@app.command("arm")
-def arm(rig: RigOption = None) -> None:
-    """Let the policy move the arms. The first motion is a slow approach."""
-    _ask(rig, {"act": "arm"})
+# Requests that are a word and nothing else, in the order in which `--help` shows them.
+WORDS = {
+    "arm": "Let the policy move the arms. The first motion is a slow approach.",
+    "disarm": "Stop along the path, then let go.",
+    "stop": "Stop along the path. `arm` goes on.",
+    "hold": "Stand where the arms are. `resume` goes on.",
+    "resume": "Go on after `hold`, or from `home` back to the policy.",
+    "home": "Send the arms slowly to the rig's home pose.",
+    "park": "Send the arms slowly to where they may lose power, and disarm there.",
+    "quit": "End the daemon: it stops along the path first.",
+}
 
 
-@app.command("disarm")
-def disarm(rig: RigOption = None) -> None:
-    """Stop along the path, then let go."""
-    _ask(rig, {"act": "disarm"})
+def _word(act: str) -> Callable[[str | None], None]:
+    def ask(rig: RigOption = None) -> None:
+        _ask(rig, {"act": act})
+
+    return ask
 
 
-@app.command("stop")
-def stop(rig: RigOption = None) -> None:
-    """Stop along the path. `arm` goes on."""
-    _ask(rig, {"act": "stop"})
-
-
-@app.command("hold")
-def hold(rig: RigOption = None) -> None:
-    """Stand where the arms are. `resume` goes on."""
-    _ask(rig, {"act": "hold"})
-
-
-@app.command("resume")
-def resume(rig: RigOption = None) -> None:
-    """Go on after `hold`, or from `home` back to the policy."""
-    _ask(rig, {"act": "resume"})
-
-
-@app.command("home")
-def home(rig: RigOption = None) -> None:
-    """Send the arms slowly to the rig's home pose."""
-    _ask(rig, {"act": "home"})
-
-
-@app.command("park")
-def park(rig: RigOption = None) -> None:
-    """Send the arms slowly to where they may lose power, and disarm there."""
-    _ask(rig, {"act": "park"})
+for _act, _help in WORDS.items():
+    app.command(_act, help=_help)(_word(_act))
 
 
 @app.command("speed")
@@ -238,12 +218,6 @@ def clear(rig: RigOption = None) -> None:
     for cause in status["causes"]:
         console.print(Text(f"  {cause}", "yellow"))
     _ask(rig, {"act": "clear", "seen": status["estop_count"]})
-
-
-@app.command("quit")
-def quit_(rig: RigOption = None) -> None:
-    """End the daemon: it stops along the path first."""
-    _ask(rig, {"act": "quit"})
 
 
 @app.command("log")

@@ -8,7 +8,6 @@ import json
 import os
 import selectors
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,13 +169,3 @@ def ask(path: Path, request: dict[str, Any], timeout: float = 3.0) -> Answer:
     """One request over a connection of its own."""
     with Client(path, timeout) as client:
         return client.ask(request)
-
-
-def until(seconds: float, done: Callable[[], bool], every: float = 0.05) -> bool:
-    """Wait until ``done()``; False where it took longer than ``seconds``."""
-    end = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > end:
-            return False
-        time.sleep(every)
-    return True

@@ -33,7 +33,7 @@ from chatvla_edge.runtime.daemon.run_segments import RunSegments
 from chatvla_edge.runtime.daemon.settings import Settings
 from chatvla_edge.runtime.daemon.watch import Watch
 from chatvla_edge.runtime.modes import ARMED, MS, Mode, Want
-from chatvla_edge.runtime.pages import EmergencyStop, Lease
+from chatvla_edge.runtime.pages import Lease
 from chatvla_edge.runtime.realtime import now_ns, sleep_until_ns
 from chatvla_edge.runtime.rig_view import Orders
 from chatvla_edge.runtime.riglock import RigClaim
@@ -74,7 +74,6 @@ class Supervisor:
                 self.plan, arms=tuple(replace(arm, limits=replace(arm.limits, lag=None)) for arm in self.plan.arms)
             )
         self.device_plans = mapping.device_plans(self.rig, self.plan)
-        self.devices = list(self.rig.arms)
         self.children: dict[str, Child] = {}
         self.leaving = False
         self.began_ns = 0
@@ -83,7 +82,6 @@ class Supervisor:
         self.decision: Decision | None = None
         self.instruction = settings.instruction
         self.spoken = 0
-        self.ready = False
         self.enable: EnableInput | None = None
 
     # ---------------------------------------------------------------------------------------------------------- life
@@ -100,7 +98,6 @@ class Supervisor:
             self.place.write()
             stack.callback(self.place.remove)
             notify("READY=1", f"STATUS={self.rig.name} is up")
-            self.ready = True
             try:
                 self._loop()
             finally:
@@ -428,6 +425,3 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     path = folder / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
     return path
-
-
-__all__ = ["EmergencyStop", "StartError", "Supervisor", "ending_on_signals", "write_summary"]

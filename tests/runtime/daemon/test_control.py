@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from chatvla_edge.drivers.standins.control import until
 from chatvla_edge.runtime.daemon import control, places
 from chatvla_edge.runtime.daemon.control import MOST_BYTES, MOST_CLIENTS, Client, ControlError, Server
 
@@ -93,7 +94,7 @@ def test_more_clients_than_there_is_room_for_are_turned_away(served):
         control.ask(served, {"act": "status"})
     for client in first:
         client.close()
-    assert control.until(5, lambda: _answers(served))
+    assert until(lambda: _answers(served), 5)
 
 
 def _answers(path):
